@@ -1,0 +1,195 @@
+"""Which implementation of an op runs where.
+
+Every op of :mod:`pkt_fast.ops` has one schema (``torch.library``, namespace ``pkt_fast``) and up to
+three implementations with the same signature:
+
+``reference``  plain PyTorch, built from :mod:`pkt_fast.reference`; any device, any dtype
+``native``     CPU: the C++ extension, or a composition around a single library GEMM
+``triton``     GPU: a kernel of :mod:`pkt_fast.kernels` (CPU tensors under ``TRITON_INTERPRET=1``)
+
+``auto`` takes Triton for GPU tensors and native for CPU tensors, and the reference where neither
+exists.  A fallback is logged once per op.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+
+BACKENDS = ("auto", "reference", "native", "triton")
+ENVIRONMENT_VARIABLE = "PKT_FAST_BACKEND"
+
+logger = logging.getLogger("pkt_fast")
+
+Implementation = TypeVar("Implementation", bound=Callable[..., Any])
+
+
+@dataclass
+class _Op:
+    implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    supports: dict[str, Callable[..., bool]] = field(default_factory=dict)
+
+
+_ops: dict[str, _Op] = {}
+_reported: set[tuple[str, str]] = set()
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise BackendError(f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+_preference = _checked(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
+
+
+class BackendSetting(str):
+    """The name of the backend in force; as a context manager it restores the previous one."""
+
+    previous: str
+
+    def __new__(cls, name: str, previous: str) -> BackendSetting:
+        setting = super().__new__(cls, name)
+        setting.previous = previous
+        return setting
+
+    def __enter__(self) -> BackendSetting:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _preference
+        _preference = self.previous
+
+
+def backend(name: str | None = None) -> BackendSetting:
+    """Return the backend preference, after setting it to ``name`` when one is given.
+
+    ``name`` is "auto", "reference", "native" or "triton".  Used in a ``with`` statement, the previous
+    preference comes back at its end.  The environment variable ``PKT_FAST_BACKEND`` sets the initial
+    preference.  Raises :class:`~pkt_fast.errors.BackendError` for any other name.
+    """
+    global _preference
+    previous = _preference
+    if name is not None:
+        _preference = _checked(name, "backend()")
+    return BackendSetting(_preference, previous)
+
+
+def implementation(
+    op: str, name: str, *, supports: Callable[..., bool] | None = None
+) -> Callable[[Implementation], Implementation]:
+    """Register the decorated function as implementation ``name`` of ``op``.
+
+    ``supports``, called with the op's own arguments, says whether this implementation can take them
+    (an unsupported dtype, say); under ``auto`` the next one is tried.
+    """
+
+    def register(function: Implementation) -> Implementation:
+        entry = _ops.setdefault(op, _Op())
+        entry.implementations[name] = function
+        if supports is not None:
+            entry.supports[name] = supports
+        return function
+
+    return register
+
+
+def triton_implementation(
+    op: str, module: str, *, supports: Callable[..., bool] | None = None
+) -> None:
+    """Register ``pkt_fast.kernels.<module>.<op>`` as the Triton implementation of ``op``.
+
+    The kernel module is imported at its first launch, so that importing pkt_fast stays cheap and
+    works without Triton.
+    """
+    if not triton_available():
+        return
+
+    def launch(*args: Any) -> Any:
+        kernels = importlib.import_module(f"pkt_fast.kernels.{module}")
+        return getattr(kernels, op)(*args)
+
+    implementation(op, "triton", supports=supports)(launch)
+
+
+@functools.cache
+def native_module() -> Any | None:
+    """The compiled extension, or None when it was not built (said in ``pkt-fast info``)."""
+    try:
+        from .. import _native
+    except ImportError:
+        return None
+    return _native
+
+
+@functools.cache
+def triton_available() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device_backend(device: torch.device) -> str:
+    return "native" if device.type == "cpu" else "triton"
+
+
+def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) -> bool:
+    if name not in entry.implementations:
+        return False
+    if name == "triton" and device.type == "cpu" and not triton_interpreted():
+        return False
+    if name == "native" and device.type != "cpu":
+        return False
+    supports = entry.supports.get(name)
+    return supports is None or supports(*args)
+
+
+def select(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> str:
+    """The name of the implementation that serves ``op`` for ``args`` on ``device``."""
+    entry = _ops[op]
+    wanted = _device_backend(device) if _preference == "auto" else _preference
+    if _usable(entry, wanted, device, args):
+        return wanted
+    if _preference not in ("auto", "reference"):
+        have = ", ".join(sorted(entry.implementations))
+        raise BackendError(
+            f"backend {_preference!r} cannot run {op} on {device} with these arguments "
+            f"(implementations: {have}); use backend('auto')"
+        )
+    if (op, device.type) not in _reported:
+        _reported.add((op, device.type))
+        logger.info("%s on %s: no %s implementation for this input, using reference",
+                    op, device.type, wanted)
+    return "reference"
+
+
+def dispatch(op: str, like: Tensor, *args: Any) -> Any:
+    """Run ``op`` on ``args`` with the implementation chosen for the device of ``like``."""
+    return _ops[op].implementations[select(op, like.device, args)](*args)
+
+
+def served_by() -> dict[str, dict[str, str]]:
+    """For every op, the implementation that ``auto`` takes on "cpu" and on "cuda" (for reports)."""
+    table: dict[str, dict[str, str]] = {}
+    for op, entry in sorted(_ops.items()):
+        table[op] = {
+            device: wanted if (wanted := _device_backend(torch.device(device)))
+            in entry.implementations else "reference"
+            for device in ("cpu", "cuda")
+        }
+    return table
