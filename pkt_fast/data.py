@@ -1,0 +1,1020 @@
+"""Training rows to token ids: read, render, tokenise, truncate, batch.
+
+Rows come in three shapes, and files, lists and ``datasets.Dataset`` objects may mix them::
+
+    {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+    {"prompt": "2+2?", "completion": "4"}
+    {"text": "any text"}          # or just the string
+
+**Rendering.**  Conversations go through the tokenizer's chat template.  Without one they become
+``User: ...`` and ``Assistant: ...`` lines with the EOS token after each assistant turn, and a
+prompt/completion pair of strings is simply concatenated (plus EOS).  Plain text gets EOS at its
+end.  Special tokens that the tokenizer adds in front (BOS) are added exactly when no template does
+the job, so BOS never appears twice.  Messages after the last assistant message are not rendered:
+nothing can be learnt from them.
+
+**Supervision.**  Loss falls on assistant turns (or the completion, or all of a plain text).  A turn
+is what the model would have to generate after the generation prompt: the words, and the first
+special token behind them, so that it learns to stop.  Boilerplate after that token (a newline, the
+next header) is not supervised.  A template without such a token ends its turn with whatever text
+it puts there.  Turns are found in *text* space and carried to tokens by character offsets; a token
+that straddles the border belongs to the turn.
+
+**Truncation.**  A row longer than ``max_length`` first loses unsupervised tokens behind the last
+turn, then prompt tokens from the front (BOS stays, and the supervised part always keeps one token
+before it to be predicted from), and only then the end of its supervised part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+
+from pkt_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+"""Label of a token that carries no loss (the convention of torch and Transformers)."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles a message may have."""
+
+_SUFFIXES = (".jsonl", ".json", ".txt")
+_PROBE = "@@pkt-assistant-turn@@"
+_WINDOW_BATCHES = 50
+
+Message = dict[str, str]
+Span = tuple[int, int]
+
+
+# ---------------------------------------------------------------------------------------------
+# What comes out
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row.
+
+    Attributes:
+        input_ids: token ids.
+        labels: same length; ``labels[t]`` is ``input_ids[t]`` or -100 where there is no loss.
+        row: 0-based number of the row in the input.
+        text: the rendered text, special tokens included.
+        offsets: character span of every token in ``text``, without gaps; (0, 0) for tokens that
+            are not in the text (BOS).  None when the tokenizer cannot tell.
+    """
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    row: int
+    text: str = ""
+    offsets: tuple[Span, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Positions with a loss: the first token is never predicted."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What was read, kept, shortened and dropped, and why.
+
+    ``dropped`` maps a reason to the 0-based row numbers it applies to.
+    """
+
+    source: str
+    rows: int
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    truncated: int
+    max_length: int
+    formats: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that gave no example."""
+        return sum(len(rows) for rows in self.dropped.values())
+
+    def lines(self) -> list[str]:
+        """Return the summary as short lines for a terminal."""
+        shapes = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
+        out = [
+            f"read {self.rows:,} rows from {self.source} ({shapes})",
+            f"kept {self.examples:,} examples: {self.tokens:,} tokens, "
+            f"{self.supervised_tokens:,} supervised",
+        ]
+        if self.truncated:
+            out.append(f"truncated {self.truncated:,} rows to {self.max_length:,} tokens")
+        out += [
+            f"dropped {len(rows):,} rows: {reason} (rows {_shortlist(rows)})"
+            for reason, rows in self.dropped.items()
+        ]
+        return out
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain JSON types, for ``report.json``."""
+        return {
+            "source": self.source,
+            "rows": self.rows,
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "truncated": self.truncated,
+            "max_length": self.max_length,
+            "formats": dict(self.formats),
+            "dropped": {reason: list(rows) for reason, rows in self.dropped.items()},
+        }
+
+
+@dataclass(frozen=True)
+class ExampleSet(Sequence[Example]):
+    """An immutable sequence of examples with the summary of how it came about."""
+
+    examples: tuple[Example, ...]
+    summary: DataSummary
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        return self.examples[index]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every example."""
+        return tuple(len(example) for example in self.examples)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of all ids and labels: equal iff a model would see the same data."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            table = np.array([example.input_ids, example.labels], dtype="<i8")
+            digest.update(len(example).to_bytes(8, "little"))
+            digest.update(table.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded examples, ready for a model.
+
+    Attributes:
+        input_ids, attention_mask, labels, position_ids: (B, T) int64.  Padding has mask 0, label
+            -100 and position 0; real tokens count positions from 0 on either padding side.
+        rows: indices of the examples in their ExampleSet.
+        padding_side: "right" or "left".
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    rows: tuple[int, ...]
+    padding_side: str = "right"
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        """(B, T): what each position has to predict, ``labels`` one to the left; last column -100.
+
+        Left-padded rows start with padding whose target is the first real label, which no model
+        can predict from padding: it is -100 there.
+        """
+        targets = torch.full_like(self.labels, IGNORE_INDEX)
+        targets[:, :-1] = self.labels[:, 1:]
+        return targets.masked_fill_(self.attention_mask == 0, IGNORE_INDEX)
+
+    @cached_property
+    def supervised(self) -> torch.Tensor:
+        """(B, T) bool: positions whose next token carries loss."""
+        return self.targets != IGNORE_INDEX
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return int(self.attention_mask.sum())
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of a model's forward.
+
+        ``position_ids`` is among them only under left padding: with right padding every model
+        counts the same positions by itself, and some families refuse the argument.
+        """
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.padding_side == "left":
+            inputs["position_ids"] = self.position_ids
+        return inputs
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """Return the batch with its tensors on ``device``."""
+        names = ("input_ids", "attention_mask", "labels", "position_ids")
+        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where rows came from; ``lines[i]`` is the 1-based line of row i where there are lines."""
+
+    name: str
+    lines: tuple[int, ...] | None = None
+
+    def where(self, row: int) -> str:
+        """Name one row for an error message."""
+        if self.lines is None:
+            return f"{self.name} row {row}"
+        return f"{self.name} line {self.lines[row]}"
+
+
+def read_rows(data: Any = None, *, limit: int | None = None) -> tuple[list[dict[str, Any]], Origin]:
+    """Read rows, without looking into them, and say where they came from.
+
+    Args:
+        data: a path to .jsonl (one JSON value a line), .json (a list) or .txt (one text a line);
+            an iterable of dicts or strings; a ``datasets.Dataset``; None for the bundled set.
+        limit: stop after this many rows.
+
+    Raises:
+        DataError: the file is missing, empty, not UTF-8, not JSON (with the line), of another
+            kind; or a row is neither a dict nor a string.
+    """
+    if data is None:
+        from pkt_fast.demo_data import bundled_rows
+
+        raw, origin = list(itertools.islice(bundled_rows(), limit)), Origin("bundled data")
+    elif isinstance(data, str | os.PathLike):
+        raw, origin = _read_file(Path(data), limit)
+    else:
+        raw, origin = _read_object(data, limit)
+    if not raw:
+        raise DataError(f"{origin.name}: no rows in it; give at least one example")
+    return [_as_row(value, origin, i) for i, value in enumerate(raw)], origin
+
+
+def _read_file(path: Path, limit: int | None) -> tuple[list[Any], Origin]:
+    if path.is_dir():
+        raise DataError(f"{path}: is a directory; name a file ending in {', '.join(_SUFFIXES)}")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise DataError(
+            f"{path}: unknown file type {path.suffix!r}; give a file ending in "
+            f"{', '.join(_SUFFIXES)}"
+        )
+    text = _read_text(path)
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty")
+    if path.suffix.lower() == ".json":
+        values = _parse_json(text, str(path))
+        if not isinstance(values, list):
+            raise DataError(
+                f"{path}: a .json file must hold a list of rows, this one holds "
+                f"{_json_type(values)}; one row a line goes into a .jsonl file"
+            )
+        return values[:limit], Origin(str(path))
+    # "\n" only: str.splitlines would also break at the Unicode separators inside the text.
+    lines = ((n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1))
+    kept = list(itertools.islice(((n, line) for n, line in lines if line.strip()), limit))
+    origin = Origin(str(path), tuple(n for n, _ in kept))
+    if path.suffix.lower() == ".txt":
+        return [line for _, line in kept], origin
+    return [_parse_json(line, str(path), n) for n, line in kept], origin
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path} line {line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save it as UTF-8"
+        ) from error
+
+
+def _parse_json(text: str, name: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = error.lineno if line is None else line
+        raise DataError(
+            f"{name} line {at}: not valid JSON ({error.msg}, column {error.colno})"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{name} line {line or 1}: JSON nested too deeply") from error
+
+
+def _read_object(data: Any, limit: int | None) -> tuple[list[Any], Origin]:
+    kind = type(data)
+    # By name, so that the datasets library is not imported (nor needed) for a list of dicts.
+    from_datasets = kind.__module__.split(".")[0] == "datasets"
+    if isinstance(data, Mapping):
+        hint = f"choose a split: {', '.join(map(str, data))}" if from_datasets else "wrap it in []"
+        raise DataError(f"data is a {kind.__name__}, not a sequence of rows; {hint}")
+    if not isinstance(data, Iterable):
+        raise DataError(
+            f"data of type {kind.__name__} is not understood; give a path, a list of dicts or "
+            "strings, or a datasets.Dataset"
+        )
+    name = f"datasets.{kind.__name__}" if from_datasets else kind.__name__
+    return list(itertools.islice(data, limit)), Origin(name)
+
+
+def _as_row(value: Any, origin: Origin, row: int) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"text": value}
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise DataError(
+        f"{origin.where(row)}: a row must be an object or a string, not {_json_type(value)}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# From rows to text with supervised spans
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    """Text, the character spans that carry loss, and whether BOS has still to be put in front."""
+
+    row: int
+    text: str
+    spans: tuple[Span, ...]
+    needs_prefix: bool
+
+
+class _Dropped(Exception):
+    """Raised for a row that is well-formed but has nothing to learn from; the reason is shown."""
+
+
+@dataclass(frozen=True)
+class _Chat:
+    messages: list[Message]
+
+
+@dataclass(frozen=True)
+class _Completion:
+    prompt: str
+    completion: str
+
+    @property
+    def messages(self) -> list[Message]:
+        return [
+            {"role": "user", "content": self.prompt},
+            {"role": "assistant", "content": self.completion},
+        ]
+
+
+@dataclass(frozen=True)
+class _Text:
+    text: str
+
+
+def _parse_row(row: Mapping[str, Any], where: str) -> tuple[str, _Chat | _Completion | _Text]:
+    """Recognise the shape of a row and check its types.
+
+    A None value counts as absent, because ``datasets`` fills the keys a row lacks with None.
+    """
+    present = {key for key, value in row.items() if value is not None}
+    if "messages" in present:
+        return "messages", _Chat(_parse_messages(row["messages"], f"{where}: messages"))
+    if {"prompt", "completion"} <= present:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            _check_text(prompt, f"{where}: prompt")
+            _check_text(completion, f"{where}: completion")
+            return "prompt/completion", _Completion(prompt, completion)
+        head = _parse_turns(prompt, "user", f"{where}: prompt")
+        tail = _parse_turns(completion, "assistant", f"{where}: completion")
+        return "prompt/completion", _Chat(head + tail)
+    if "text" in present:
+        _check_text(row["text"], f"{where}: text")
+        return "text", _Text(row["text"])
+    keys = ", ".join(repr(str(key)) for key in row) or "none"
+    raise DataError(
+        f"{where}: no known shape (its keys: {keys}); a row needs 'messages', 'prompt' and "
+        "'completion', or 'text'"
+    )
+
+
+def _parse_turns(value: Any, role: str, where: str) -> list[Message]:
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    return _parse_messages(value, where)
+
+
+def _parse_messages(value: Any, where: str) -> list[Message]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise DataError(f"{where} must be a list of messages, not {_json_type(value)}")
+    if not value:
+        raise DataError(f"{where}: the list is empty")
+    return [_parse_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
+
+
+def _parse_message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise DataError(f"{where} must be an object with 'role' and 'content'")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise DataError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+    if isinstance(content, list):
+        content = "".join(
+            _parse_part(part, f"{where}: content[{i}]") for i, part in enumerate(content)
+        )
+    _check_text(content, f"{where}: content")
+    return {"role": role, "content": content}
+
+
+def _parse_part(part: Any, where: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise DataError(f'{where} must be {{"type": "text", "text": ...}}')
+    return text
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{where} must be a string, not {_json_type(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: half a surrogate pair at character {error.start}") from error
+
+
+class _Renderer:
+    """Turns parsed rows into text with supervised spans for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: str) -> None:
+        self.tokenizer = tokenizer
+        self.supervise_all = supervise == "all"
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.bos: str = tokenizer.bos_token or ""
+        self.eos: str = tokenizer.eos_token or ""
+        special = {str(token) for token in tokenizer.all_special_tokens}
+        special |= {token.content for token in tokenizer.added_tokens_decoder.values()}
+        # Some tokenizers list runs of blanks among their added tokens: those end no turn.
+        words = [token for token in special if token.strip()]
+        ordered = sorted(words, key=lambda token: (-len(token), token))
+        self.special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+    def __call__(self, parsed: _Chat | _Completion | _Text, row: int) -> _Rendered:
+        if isinstance(parsed, _Text):
+            if not parsed.text.strip():
+                raise _Dropped("empty text")
+            text = self._close(parsed.text)
+            return _Rendered(row, text, ((0, len(text)),), needs_prefix=True)
+        if isinstance(parsed, _Completion) and not self.has_template:
+            text = self._close(parsed.prompt + parsed.completion)
+            start = 0 if self.supervise_all else len(parsed.prompt)
+            if not parsed.completion.strip():
+                raise _Dropped("no supervised token (empty completion)")
+            return _Rendered(row, text, ((start, len(text)),), needs_prefix=True)
+        return self._chat(parsed.messages, row)
+
+    def prompt(self, parsed: _Chat | _Completion | _Text) -> str:
+        """Return what a model gets to see before it has to answer."""
+        if isinstance(parsed, _Text):
+            return parsed.text
+        if isinstance(parsed, _Completion) and not self.has_template:
+            return parsed.prompt
+        messages = parsed.messages
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return self._render_or_merge(messages, generate=True)[1]
+
+    def _close(self, text: str) -> str:
+        return text if self.eos and text.endswith(self.eos) else text + self.eos
+
+    def _chat(self, messages: list[Message], row: int) -> _Rendered:
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise _Dropped("no supervised token (no assistant message)")
+        messages, text = self._render_or_merge(messages[: turns[-1] + 1])
+        if self.supervise_all:
+            start = len(self.bos) if self.bos and text.startswith(self.bos) else 0
+            spans: tuple[Span, ...] = ((start, len(text)),)
+        else:
+            spans = self._assistant_spans(messages, text)
+        return _Rendered(row, text, spans, needs_prefix=not self.has_template)
+
+    def _render_or_merge(
+        self, messages: list[Message], *, generate: bool = False
+    ) -> tuple[list[Message], str]:
+        """Render; where the template refuses a system message, put it into the first user one."""
+        try:
+            return messages, self._render(messages, generate)
+        except _Dropped:
+            merged = _merge_system(messages)
+            if merged is None:
+                raise
+            return merged, self._render(merged, generate)
+
+    def _render(self, messages: list[Message], generate: bool = False) -> str:
+        if not self.has_template:
+            return _plain_chat(messages, self.eos, generate)
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _Dropped(f"the chat template refuses the conversation: {reason}") from error
+        return str(text)
+
+    def _assistant_spans(self, messages: list[Message], text: str) -> tuple[Span, ...]:
+        spans: list[Span] = []
+        cursor = 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or not message["content"].strip():
+                continue
+            span = self._assistant_span(messages, i, text, cursor)
+            if span is None:
+                raise _Dropped("the chat template does not show the assistant's words")
+            spans.append(span)
+            cursor = span[1]
+        if not spans:
+            raise _Dropped("no supervised token (empty assistant messages)")
+        return tuple(spans)
+
+    def _assistant_span(
+        self, messages: list[Message], i: int, text: str, cursor: int
+    ) -> Span | None:
+        """Find turn ``i`` in the rendered ``text``, at or after ``cursor``.
+
+        The turn is rendered once more with a probe in place of its words: what stands before and
+        behind the probe is the template's, so words that also occur in the template or in the
+        question cannot mislead the search.
+        """
+        probe = {"role": "assistant", "content": _PROBE}
+        before, found, behind = self._render([*messages[:i], probe]).partition(_PROBE)
+        prompt = self._try_prompt(messages[:i])
+        visible = _visible_forms(messages[i]["content"])
+        begin = _locate(
+            text, before if found else "", visible, messages[i - 1] if i else None, cursor
+        )
+        if begin is None:
+            return None
+        start, words_end = begin
+        end = words_end + self._turn_end(text[words_end:], behind)
+        if prompt is not None and text.startswith(prompt) and cursor <= len(prompt) <= start:
+            return len(prompt), end
+        lead = before[len(prompt) :] if prompt is not None and before.startswith(prompt) else ""
+        return (start - len(lead) if lead and text[:start].endswith(lead) else start), end
+
+    def _try_prompt(self, messages: list[Message]) -> str | None:
+        try:
+            return self._render(messages, generate=True)
+        except _Dropped:
+            return None
+
+    def _turn_end(self, rest: str, behind: str) -> int:
+        """Length of the turn's closing in ``rest``, the text after the assistant's words.
+
+        ``behind`` is what the template writes after a *last* turn; only what both share closes
+        the turn.
+        """
+        shared = _common_prefix(rest, behind)
+        match = self.special.search(rest)
+        if match and match.end() <= shared:
+            return match.end()
+        if match:  # both may go on with the same beginning of two different special tokens
+            shared = min(shared, match.start())
+        closing = rest[:shared]
+        return len(closing.rstrip()) or len(closing)
+
+
+def _locate(
+    text: str, before: str, visible: Sequence[str], previous: Message | None, cursor: int
+) -> Span | None:
+    """Span of the assistant's words: behind ``before``, behind its last part, or simply next."""
+    starts: list[int] = []
+    if before and text.startswith(before) and len(before) >= cursor:
+        starts = [len(before)]
+    elif before:
+        # Not prefix-stable (a system turn that moves, say): anchor on the previous message.
+        words = previous["content"].strip() if previous is not None else ""
+        anchor = before[max(before.rfind(words), 0) :] if words else before
+        at = text.find(anchor, cursor)
+        starts = [at + len(anchor)] if at >= 0 else []
+    for words in visible:
+        if any(text.startswith(words, start) for start in starts):
+            return starts[0], starts[0] + len(words)
+    for words in visible:
+        at = text.find(words, starts[0] if starts else cursor)
+        if at >= 0:
+            return at, at + len(words)
+    return None
+
+
+def _visible_forms(content: str) -> list[str]:
+    """Forms in which templates show an assistant's words: as is, trimmed, without reasoning."""
+    answer = content.rpartition("</think>")[2]
+    forms = [content, content.rstrip(), content.strip(), answer, answer.strip()]
+    return [form for form in dict.fromkeys(forms) if form.strip()]
+
+
+def _merge_system(messages: list[Message]) -> list[Message] | None:
+    """Put a leading system message in front of the user message behind it."""
+    roles = [message["role"] for message in messages[:2]]
+    if roles not in (["system", "user"], ["developer", "user"]):
+        return None
+    content = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+    return [{"role": "user", "content": content}, *messages[2:]]
+
+
+def _plain_chat(messages: Sequence[Message], eos: str, generate: bool) -> str:
+    """Render without a template: ``User: ...`` lines, EOS (or a newline) after each answer."""
+    lines = [
+        f"{message['role'].capitalize()}: {message['content']}"
+        + (eos if message["role"] == "assistant" else "")
+        for message in messages
+    ]
+    if generate:
+        return "\n".join([*lines, "Assistant:"])
+    return "\n".join(lines) + ("" if eos else "\n")
+
+
+def render_prompt(row: Mapping[str, Any] | str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text a model sees before the last assistant turn of ``row``, ready to continue.
+
+    It is a prefix of what :func:`encode` trains on, unless the chat template itself renders a
+    conversation that ends differently.
+
+    Raises:
+        DataError: the row has no known shape, or the chat template refuses it.
+    """
+    _, parsed = _parse_row(_as_row(row, Origin("prompt"), 0), "prompt")
+    try:
+        return _Renderer(tokenizer, "assistant").prompt(parsed)
+    except _Dropped as reason:
+        raise DataError(f"prompt: {reason}") from reason
+
+
+# ---------------------------------------------------------------------------------------------
+# From text to examples
+# ---------------------------------------------------------------------------------------------
+
+
+def encode(
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 1024,
+    limit: int | None = None,
+    supervise: Literal["assistant", "all"] = "assistant",
+) -> ExampleSet:
+    """Read, render and tokenise ``data`` (anything :func:`read_rows` takes).
+
+    Args:
+        data: rows, or where to find them.
+        tokenizer: a Transformers tokenizer; its chat template is used where it has one.
+        max_length: longest example in tokens, at least 2; see the module's notes on truncation.
+        limit: use only this many rows from the front.
+        supervise: "assistant" puts loss on assistant turns and completions, "all" on every token
+            but BOS.  Plain text is always supervised throughout.
+
+    Raises:
+        DataError: the input cannot be read, a row is malformed, or no row has a supervised token.
+    """
+    if max_length < 2:
+        raise DataError(
+            f"max_length must be at least 2 (one token predicts the next), not {max_length}"
+        )
+    if limit is not None and limit < 1:
+        raise DataError(f"limit must be at least 1 row, not {limit}")
+    if supervise not in ("assistant", "all"):
+        raise DataError(f"supervise must be 'assistant' or 'all', not {supervise!r}")
+    rows, origin = read_rows(data, limit=limit)
+    render = _Renderer(tokenizer, supervise)
+    formats: Counter[str] = Counter()
+    dropped: dict[str, list[int]] = {}
+    rendered: list[_Rendered] = []
+    for i, row in enumerate(rows):
+        shape, parsed = _parse_row(row, origin.where(i))
+        formats[shape] += 1
+        try:
+            rendered.append(render(parsed, i))
+        except _Dropped as reason:
+            dropped.setdefault(str(reason), []).append(i)
+    examples: list[Example] = []
+    truncated = 0
+    for example, head in _tokenise(rendered, tokenizer):
+        if not example.num_supervised:
+            dropped.setdefault("no supervised token", []).append(example.row)
+            continue
+        truncated += len(example) > max_length
+        examples.append(_truncate(example, head, max_length))
+    if not examples:
+        reasons = "; ".join(f"{reason}: {len(rows)}" for reason, rows in dropped.items())
+        raise DataError(
+            f"{origin.name}: none of its {len(rows)} rows has anything to learn from ({reasons})"
+        )
+    summary = DataSummary(
+        source=origin.name,
+        rows=len(rows),
+        examples=len(examples),
+        tokens=sum(map(len, examples)),
+        supervised_tokens=sum(example.num_supervised for example in examples),
+        truncated=truncated,
+        max_length=max_length,
+        formats=dict(formats),
+        dropped={reason: tuple(numbers) for reason, numbers in dropped.items()},
+    )
+    return ExampleSet(tuple(examples), summary)
+
+
+def _tokenise(
+    rendered: Sequence[_Rendered], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Example, int]]:
+    """Yield each row's untruncated example and how many tokens at its front must stay."""
+    if not rendered:
+        return
+    prefix = _prefix_ids(tokenizer)
+    texts = [item.text for item in rendered]
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    encoded = _call(tokenizer, texts, offsets=fast)
+    for i, item in enumerate(rendered):
+        ids: list[int] = encoded["input_ids"][i]
+        if fast:
+            offsets = _without_gaps(encoded["offset_mapping"][i])
+            mask = _overlaps(offsets, item.spans)
+        else:
+            offsets = None
+            mask = _slow_mask(tokenizer, item, ids)
+        labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, mask, strict=True)]
+        head = _head(ids, prefix, tokenizer.bos_token_id)
+        labels[:head] = [IGNORE_INDEX] * head
+        if item.needs_prefix and not head:
+            head = len(prefix)
+            ids, labels = prefix + ids, [IGNORE_INDEX] * head + labels
+            offsets = None if offsets is None else [(0, 0)] * head + offsets
+        spans = None if offsets is None else tuple(offsets)
+        yield Example(tuple(ids), tuple(labels), item.row, item.text, spans), head
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool) -> Any:
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        return_offsets_mapping=offsets,
+        verbose=False,
+    )
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids the tokenizer puts in front of any text (BOS), found by trying."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    for k in range(len(full) - len(bare) + 1):
+        if full[k : k + len(bare)] == bare:
+            return full[:k]
+    return []
+
+
+def _head(ids: Sequence[int], prefix: list[int], bos: int | None) -> int:
+    """Tokens at the front of ``ids`` that already are the BOS part."""
+    if prefix and list(ids[: len(prefix)]) == prefix:
+        return len(prefix)
+    return int(bool(ids) and ids[0] == bos)
+
+
+def _without_gaps(offsets: Sequence[Span]) -> list[Span]:
+    """Let every token begin no later than the one before ended.
+
+    Byte-level tokenizers may leave the blank of " word" out of its span, or give blanks no span at
+    all; they do belong to the token.
+    """
+    out, reached = [], 0
+    for start, end in offsets:
+        out.append((min(start, reached), end))
+        reached = max(reached, end)
+    return out
+
+
+def _overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token shares a character with a span (or, if empty, lies in one)."""
+    table = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    start, end = table[:, 0], np.maximum(table[:, 1], table[:, 0] + 1)
+    mask = np.zeros(len(table), dtype=bool)
+    for low, high in spans:
+        mask |= (start < high) & (end > low)
+    return mask.tolist()  # type: ignore[no-any-return]
+
+
+def _slow_mask(
+    tokenizer: PreTrainedTokenizerBase, item: _Rendered, ids: Sequence[int]
+) -> list[bool]:
+    """Do the same for a tokenizer without offsets, by tokenising the text up to each border."""
+    borders = [border for span in item.spans for border in span]
+    pieces = _call(tokenizer, [item.text[:border] for border in borders], offsets=False)
+    mask = [False] * len(ids)
+    for (low, high), head, whole in zip(
+        item.spans, pieces["input_ids"][::2], pieces["input_ids"][1::2], strict=True
+    ):
+        first = _common_prefix(head, ids) if low else 0
+        last = _common_prefix(whole, ids) if high < len(item.text) else len(ids)
+        # A token that straddles the end of the span belongs to it.
+        last += high < len(item.text) and last < len(whole)
+        mask[first:last] = [True] * (last - first)
+    return mask
+
+
+def _truncate(example: Example, head: int, max_length: int) -> Example:
+    """Shorten to ``max_length`` tokens, the supervised ones last (see the module's notes)."""
+    if len(example) <= max_length:
+        return example
+    supervised = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    end = max(supervised[-1] + 1, max_length)
+    head = min(head, max_length - 1)
+    spare = supervised[0] - max(head, 1)
+    drop = min(end - max_length, max(spare, 0))
+
+    def cut(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (values[:head] + values[head + drop : end])[:max_length]
+
+    return replace(
+        example,
+        input_ids=cut(example.input_ids),
+        labels=cut(example.labels),
+        offsets=None if example.offsets is None else cut(example.offsets),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------
+
+
+def collate(
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    *,
+    pad_token_id: int,
+    padding_side: Literal["right", "left"] = "right",
+    pad_to_multiple_of: int = 1,
+) -> Batch:
+    """Pad ``examples[i] for i in indices`` to a common length T.
+
+    Returns:
+        A batch of (B, T) tensors, T the longest length rounded up to ``pad_to_multiple_of``.
+    """
+    chosen = [examples[i] for i in indices]
+    longest = max(map(len, chosen))
+    width = -(-longest // pad_to_multiple_of) * pad_to_multiple_of
+    shape = (len(chosen), width)
+    ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    for row, example in enumerate(chosen):
+        n = len(example)
+        real = slice(0, n) if padding_side == "right" else slice(width - n, width)
+        ids[row, real] = example.input_ids
+        labels[row, real] = example.labels
+        mask[row, real] = 1
+        positions[row, real] = np.arange(n)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        attention_mask=torch.from_numpy(mask),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(positions),
+        rows=tuple(indices),
+        padding_side=padding_side,
+    )
+
+
+def batch_indices(
+    lengths: Sequence[int],
+    batch_size: int,
+    *,
+    seed: int | None = None,
+    epoch: int = 0,
+    bucket: bool = True,
+) -> list[list[int]]:
+    """Split ``range(len(lengths))`` into batches; every index appears exactly once.
+
+    Without a seed the order is that of the input.  With one it is shuffled, the same way for the
+    same (seed, epoch).  With ``bucket`` the shuffled indices are cut into windows of 50 batches,
+    sorted by length inside each window, cut into batches, and the batches shuffled: little
+    padding, and still a different mixture every epoch.
+    """
+    order = list(range(len(lengths)))
+    if seed is None:
+        return _chunks(order, batch_size)
+    generator = random.Random(f"{seed}/{epoch}")
+    generator.shuffle(order)
+    if not bucket:
+        return _chunks(order, batch_size)
+    out: list[list[int]] = []
+    for window in _chunks(order, _WINDOW_BATCHES * batch_size):
+        out += _chunks(sorted(window, key=lengths.__getitem__), batch_size)
+    generator.shuffle(out)
+    return out
+
+
+def batches(
+    examples: ExampleSet,
+    batch_size: int,
+    *,
+    pad_token_id: int,
+    seed: int | None = None,
+    epoch: int = 0,
+    bucket: bool = True,
+    padding_side: Literal["right", "left"] = "right",
+    pad_to_multiple_of: int = 1,
+) -> Iterator[Batch]:
+    """Yield all examples as padded batches in the order of :func:`batch_indices`."""
+    for indices in batch_indices(
+        examples.lengths, batch_size, seed=seed, epoch=epoch, bucket=bucket
+    ):
+        yield collate(
+            examples,
+            indices,
+            pad_token_id=pad_token_id,
+            padding_side=padding_side,
+            pad_to_multiple_of=pad_to_multiple_of,
+        )
+
+
+def padding_fraction(batches: Iterable[Batch]) -> float:
+    """Share of all positions that are padding; 0.0 for no batches."""
+    real = total = 0
+    for batch in batches:
+        real += batch.num_tokens
+        total += batch.input_ids.numel()
+    return 1.0 - real / total if total else 0.0
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the longest common prefix."""
+    differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differs, min(len(a), len(b)))
+
+
+def _shortlist(rows: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, rows[:most]))
+    return shown if len(rows) <= most else f"{shown}, and {len(rows) - most:,} more"
+
+
+def _json_type(value: Any) -> str:
+    names: list[tuple[type | tuple[type, ...], str]] = [
+        (bool, "a boolean"),
+        ((int, float), "a number"),
+        (str, "a string"),
+        (Mapping, "an object"),
+        (Sequence, "a list"),
+    ]
+    if value is None:
+        return "null"
+    return next((name for kind, name in names if isinstance(value, kind)), type(value).__name__)
