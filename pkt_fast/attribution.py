@@ -1,0 +1,141 @@
+"""Layer attribution: gradient × activation of the supervised loss, one score a source layer.
+
+The paper's score aggregates the product that Captum's LayerGradientXActivation computes.  Here one
+backward pass serves all layers, and only two numbers per example and layer leave it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .anatomy import Anatomy, TapValue
+from .data import IGNORE_INDEX, Batch
+from .errors import ConfigError, DataError, NumericsError
+from .ops import grad_x_act
+
+REDUCTIONS = ("absolute", "signed", "net")
+
+
+def attribute(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    interface: str = "mlp",
+    reduction: str = "absolute",
+) -> Tensor:
+    """Score every layer of ``model`` on ``batches``: (L,), float64, on the CPU.
+
+    The objective is each example's mean next-token loss over its supervised tokens; the activation is
+    read at ``interface`` (as in :func:`pkt_fast.capture`).  With p = gradient · activation, an example
+    contributes Σ|p| ("absolute"), Σp ("signed") or |Σp| ("net") over its tokens and channels, and the
+    score is the mean over examples.
+
+    Raises :class:`DataError` without a supervised token, :class:`NumericsError` when a score is not
+    finite (naming the layer) and :class:`ConfigError` for an unknown reduction.
+    """
+    if reduction not in REDUCTIONS:
+        raise ConfigError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}")
+    per_example = [
+        _reduce(signed, absolute, reduction)
+        for batch in batches
+        for signed, absolute in [gradient_x_activation(model, batch, interface=interface)]
+    ]
+    if not per_example:
+        raise DataError("attribution got no batch: give at least one example with supervised tokens")
+    scores = torch.cat(per_example, dim=1).mean(1)
+    if not torch.isfinite(scores).all():
+        layer = int((~torch.isfinite(scores)).nonzero()[0])
+        raise NumericsError(
+            f"attribution: the score of layer {layer} is not finite; try dtype='float32'"
+        )
+    return scores
+
+
+def gradient_x_activation(
+    model: nn.Module, batch: Batch, *, interface: str = "mlp"
+) -> tuple[Tensor, Tensor]:
+    """Σ g·a and Σ|g·a| over tokens and channels for every layer and example: (L, B) twice."""
+    anatomy = Anatomy.of(model)
+    device = anatomy.head.weight.device
+    batch = batch.to(device)
+    with _inference_with_graph(model), torch.enable_grad():
+        with _tapped(anatomy, interface) as values, anatomy.bypass_head() as head_input:
+            model(**batch.model_inputs(), use_cache=False)
+        loss = _summed_mean_losses(anatomy, head_input.hidden, batch)
+        gradients = torch.autograd.grad(loss, [value.value for value in values])
+    pairs = [
+        grad_x_act(gradient, value.value.detach() if value.minus is None
+                   else (value.value - value.minus).detach())
+        for gradient, value in zip(gradients, values, strict=True)
+    ]
+    signed = torch.stack([pair[0] for pair in pairs]).double().cpu()
+    absolute = torch.stack([pair[1] for pair in pairs]).double().cpu()
+    return signed, absolute
+
+
+def _reduce(signed: Tensor, absolute: Tensor, reduction: str) -> Tensor:
+    return {"absolute": absolute, "signed": signed, "net": signed.abs()}[reduction]
+
+
+def _summed_mean_losses(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> Tensor:
+    """Σ over examples of the example's mean next-token loss; only supervised rows meet the head."""
+    supervised = batch.supervised
+    if not bool(supervised.any()):
+        raise DataError("attribution: a batch has no supervised token")
+    counts = supervised.sum(1).clamp_min(1)
+    weights = (1 / counts)[:, None].expand_as(supervised)[supervised]
+    logits = anatomy.head_transform().logits(anatomy.head(hidden[supervised]))
+    losses = F.cross_entropy(
+        logits.float(), batch.targets[supervised], ignore_index=IGNORE_INDEX, reduction="none"
+    )
+    return (losses * weights).sum()
+
+
+@contextlib.contextmanager
+def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[TapValue]]:
+    """Collect, with their graph, the values read at every layer in the forward pass inside."""
+    values: list[TapValue] = []
+    handles = []
+    for layer in range(anatomy.num_layers):
+        tap = anatomy.tap(layer, interface)
+
+        def hook(
+            _module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Any,
+            read: Any = tap.read,
+        ) -> None:
+            values.append(read(args, kwargs, output))
+
+        handles.append(tap.module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def _inference_with_graph(model: nn.Module) -> Iterator[None]:
+    """Eval mode, parameters frozen, the embedding output the only leaf: gradients of activations alone."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda _m, _a, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        handle.remove()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        model.train(training)

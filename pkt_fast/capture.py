@@ -1,0 +1,210 @@
+"""Capturing layer outputs: hooks that keep only the wanted layers and token positions.
+
+The rows leave the forward pass as soon as the layer has run: one gather, optionally normalised and
+cast, into a buffer of exactly the supervised rows.  Hooks are removed on every exit path and no
+autograd graph is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .anatomy import Anatomy, TapValue
+from .errors import ConfigError, NumericsError
+from .ops import capture_rows
+from .pairing import LayerPair
+
+INTERFACES = ("mlp", "attention", "block", "contribution")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to keep under ``key``: one layer's rows, or (1 − weight)·first + weight·second of two."""
+
+    key: int
+    layers: tuple[int, ...]
+    weight: float = 0.0
+
+    @classmethod
+    def of_pair(cls, pair: LayerPair) -> Wanted:
+        """The interpolated source activation of a layer pair, kept under its target layer."""
+        return cls(pair.target, pair.source, pair.weight)
+
+
+@dataclass
+class Activations(Mapping[int, Tensor]):
+    """Rows captured so far: ``acts[layer]`` is (N, D), all forward passes in order.
+
+    Attributes:
+        positions: boolean mask (B, T) of the token positions to keep in the next forward pass; None
+            keeps all.  Set it before each pass when it changes.
+    """
+
+    positions: Tensor | None = None
+    _rows: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def __getitem__(self, key: int) -> Tensor:
+        rows = self._rows[key]
+        if not rows:
+            raise KeyError(f"layer {key}: no forward pass has run inside capture() yet")
+        if len(rows) > 1:
+            rows[:] = [torch.cat(rows)]
+        return rows[0]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self) -> dict[int, Tensor]:
+        """Hand over all rows and start afresh (for loops over many batches)."""
+        taken = {key: self[key] for key, rows in self._rows.items() if rows}
+        for rows in self._rows.values():
+            rows.clear()
+        return taken
+
+    def row_index(self, value: Tensor) -> Tensor:
+        """Indices of the kept positions in ``value`` (B, T, D) flattened to rows."""
+        if self.positions is None:
+            return torch.arange(value.shape[:-1].numel(), device=value.device)
+        if self.positions.shape != value.shape[:-1]:
+            raise ConfigError(
+                f"positions has shape {tuple(self.positions.shape)}, the forward pass "
+                f"{tuple(value.shape[:-1])}: give one boolean per token"
+            )
+        return self.positions.to(value.device).flatten().nonzero().squeeze(-1)
+
+    def keep(self, key: int, rows: Tensor) -> None:
+        """Append rows under ``key``."""
+        self._rows[key].append(rows)
+
+
+class _Recorder:
+    """Forward hooks for a set of :class:`Wanted`; second layers meet the first one's tensors here."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        wanted: Sequence[Wanted],
+        interface: str,
+        acts: Activations,
+        normalize: bool,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.wanted = wanted
+        self.acts = acts
+        self.normalize = normalize
+        self.dtype = dtype
+        self.waiting: dict[int, TapValue] = {}
+        layers = sorted({layer for want in wanted for layer in want.layers})
+        self.taps = {layer: anatomy.tap(layer, interface) for layer in layers}
+
+    def attach(self) -> list[RemovableHandle]:
+        return [
+            tap.module.register_forward_hook(self._hook(layer), with_kwargs=True)
+            for layer, tap in self.taps.items()
+        ]
+
+    def _hook(self, layer: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._layer_ran(layer, self.taps[layer].read(args, kwargs, output))
+
+        return hook
+
+    @torch.no_grad()
+    def _layer_ran(self, layer: int, value: TapValue) -> None:
+        for want in self.wanted:
+            if want.layers == (layer,):
+                self._record(want, value, None)
+            elif len(want.layers) == 2 and layer == want.layers[0]:
+                self.waiting[want.key] = value
+            elif len(want.layers) == 2 and layer == want.layers[1]:
+                self._record(want, self.waiting.pop(want.key), value)
+
+    def _record(self, want: Wanted, first: TapValue, second: TapValue | None) -> None:
+        index = self.acts.row_index(first.value)
+        rows = torch.empty(
+            len(index),
+            first.value.shape[-1],
+            dtype=self.dtype or first.value.dtype,
+            device=first.value.device,
+        )
+        capture_rows(
+            rows,
+            0,
+            index,
+            first.value,
+            first.minus,
+            second.value if second else None,
+            second.minus if second else None,
+            want.weight,
+            first.scale,
+            self.normalize,
+        )
+        self.acts.keep(want.key, rows)
+
+
+@contextlib.contextmanager
+def record(
+    model: nn.Module,
+    wanted: Sequence[Wanted],
+    interface: str,
+    *,
+    positions: Tensor | None = None,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Activations]:
+    """Like :func:`capture`, for activations interpolated between two layers as well."""
+    if interface not in INTERFACES:
+        raise ConfigError(f"interface={interface!r}: choose one of {', '.join(INTERFACES)}")
+    acts = Activations(positions, {want.key: [] for want in wanted})
+    recorder = _Recorder(Anatomy.of(model), wanted, interface, acts, normalize, dtype)
+    handles = recorder.attach()
+    try:
+        yield acts
+    finally:
+        for handle in handles:
+            handle.remove()
+        recorder.waiting.clear()
+
+
+def capture(
+    model: nn.Module,
+    layers: Sequence[int],
+    *,
+    interface: str = "mlp",
+    positions: Tensor | None = None,
+    normalize: bool = False,
+    dtype: torch.dtype | None = None,
+) -> contextlib.AbstractContextManager[Activations]:
+    """Keep the outputs of ``layers`` (0-based) at ``positions`` while the model runs in the block.
+
+    ``interface`` is where a layer is read: "mlp" or "attention" (the sublayer's output as added to the
+    residual stream), "block" (the block's output) or "contribution" (block output − block input).
+    ``positions`` is a boolean mask (B, T), None for all.  ``normalize`` stores unit rows; ``dtype`` is
+    what rows are stored in (the model's own by default).
+
+    Yields :class:`Activations`; ``acts[layer]`` is (N, D).  Raises :class:`ConfigError` for an unknown
+    interface, a layer out of range or a mask that does not fit.
+    """
+    wanted = [Wanted(layer, (layer,)) for layer in dict.fromkeys(layers)]
+    return record(
+        model, wanted, interface, positions=positions, normalize=normalize, dtype=dtype
+    )
+
+
+def check_finite(rows: Tensor, what: str) -> None:
+    """Raise :class:`NumericsError` naming ``what`` unless every element of ``rows`` is finite."""
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows)).any(-1).sum())
+        raise NumericsError(
+            f"{what}: {bad} of {len(rows)} rows hold NaN or inf; try dtype='float32' or check the model"
+        )

@@ -1,0 +1,260 @@
+"""Every setting of a transfer, with the paper's value as default.
+
+An unknown or impossible value is refused with a message naming the field, the value and what is
+allowed, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError
+
+METHODS = ("semalign", "sft", "kd", "hidden_kd", "seeking", "laten")
+INTERFACES = ("mlp", "attention", "block", "contribution")
+OBJECTIVES = ("cosine", "relation", "fisher", "squared", "none")
+OUTPUT_LOSSES = ("label_cosine", "cross_entropy", "kl", "logit_cosine", "none")
+RECOMPOSITIONS = ("frame", "dual", "logit", "softmax", "top_k", "threshold", "lens", "fitted")
+KL_KINDS = ("forward", "reverse", "jsd")
+SCHEDULES = ("joint", "frontier")
+SOLVERS = ("adamw", "ridge")
+REDUCTIONS = ("absolute", "signed", "net")
+DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
+BACKENDS = ("auto", "reference", "native", "triton")
+
+PRESETS: dict[str, dict[str, Any]] = {"paper": {}}
+
+
+def _setting(default: Any, doc: str) -> Any:
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class TransferConfig:
+    """Settings of :func:`pkt_fast.transfer`; defaults are SemAlign's (PAPER v1) where it states one."""
+
+    # what is matched
+    method: str = _setting("semalign", "which method trains the target: " + ", ".join(METHODS))
+    interface: str = _setting("mlp", "where a layer is read: " + ", ".join(INTERFACES))
+    objective: str = _setting("cosine", "layer objective: " + ", ".join(OBJECTIVES))
+    output_loss: str = _setting("label_cosine", "loss on the output: " + ", ".join(OUTPUT_LOSSES))
+    recompose: str = _setting("frame", "how source activations reach the target's space: "
+                              + ", ".join(RECOMPOSITIONS))
+    layer_weight: float = _setting(1.0, "weight of the layer objective")
+    output_weight: float = _setting(1.0, "weight of the output loss")
+    label_weight: float = _setting(0.0, "weight of a cross-entropy on the labels beside output_loss")
+    label_smoothing: float = _setting(0.0, "label smoothing of label losses")
+    temperature: float = _setting(1.0, "softmax temperature of kl")
+    kl_kind: str = _setting("forward", "divergence used by kl: " + ", ".join(KL_KINDS))
+    coefficient_temperature: float = _setting(0.1, "temperature of recompose='softmax'")
+    top_k: int = _setting(256, "coefficients kept by recompose='top_k'")
+    threshold: float = _setting(0.05, "smallest coefficient kept by recompose='threshold'")
+    fit_examples: int = _setting(64, "examples that recompose='lens' or 'fitted' is fitted on")
+    # which layers
+    num_layers: int = _setting(1, "critical layers to transfer")
+    layers: tuple[int, ...] | str | None = _setting(
+        None, "target layers to steer (0-based) instead of attributing, or 'all'")
+    reduction: str = _setting("absolute", "attribution score: " + ", ".join(REDUCTIONS))
+    attribution_examples: int = _setting(32, "examples the attribution is measured on")
+    schedule: str = _setting("joint", "all layers at once, or shallow to deep: " + ", ".join(SCHEDULES))
+    # training
+    solver: str = _setting("adamw", "how the delta is found: " + ", ".join(SOLVERS))
+    ridge: float = _setting(1e-2, "ridge strength of solver='ridge', relative to the mean moment")
+    warm_start: bool = _setting(False, "start adamw from the ridge solution")
+    epochs: int = _setting(5, "passes over the data")
+    batch_size: int = _setting(64, "examples a step")
+    micro_batch_size: int = _setting(16, "examples a forward pass (gradients accumulate to a step)")
+    learning_rate: float = _setting(3e-4, "AdamW learning rate")
+    weight_decay: float = _setting(0.0, "AdamW weight decay")
+    warmup_fraction: float = _setting(0.0, "share of steps with linearly rising learning rate")
+    learning_rate_schedule: str = _setting("constant", "constant, linear or cosine decay")
+    max_grad_norm: float = _setting(0.0, "gradient norm clip; 0 = none")
+    rank: int = _setting(16, "LoRA rank")
+    alpha: float = _setting(16.0, "LoRA alpha; the delta is alpha/rank·B·A")
+    dropout: float = _setting(0.0, "LoRA dropout")
+    target_modules: tuple[str, ...] | None = _setting(
+        None, "names of the linear modules that move; None = up, down, value and output projections")
+    gradient_checkpointing: bool = _setting(False, "recompute the tail's activations in backward")
+    compile: bool = _setting(False, "torch.compile the tail")
+    # data
+    max_length: int = _setting(1024, "tokens an example at most")
+    limit: int | None = _setting(None, "use the first so many rows")
+    bucket: bool = _setting(True, "batch examples of like length")
+    # running
+    dtype: str = _setting("auto", "dtype of both models: " + ", ".join(DTYPES))
+    device: str = _setting("auto", "'auto', 'cpu', 'cuda', 'cuda:0', ...")
+    seed: int = _setting(0, "seed of adapter initialisation and batch order")
+    backend: str = _setting("auto", "implementation of the ops: " + ", ".join(BACKENDS))
+    store: str = _setting("memory", "'memory', or a directory for the activation stores")
+    store_budget_gb: float = _setting(8.0, "activation rows kept in memory before 'memory' is refused")
+    log_every: int = _setting(1, "read losses from the device every so many steps")
+    overwrite: bool = _setting(False, "replace a non-empty output directory")
+    trust_remote_code: bool = _setting(False, "run code that ships with a hub model")
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            _one_of(name, getattr(self, name), allowed)
+        for name, (kind, test, wanted) in _RANGES.items():
+            _within(name, getattr(self, name), kind, test, wanted)
+        object.__setattr__(self, "layers", _layers(self.layers))
+        object.__setattr__(self, "target_modules", _names(self.target_modules))
+        if self.objective == "none" and self.output_loss == "none" and not self.label_weight:
+            raise ConfigError("objective='none' and output_loss='none' leave nothing to train on")
+
+    @classmethod
+    def fields(cls) -> dict[str, str]:
+        """Every setting with its one-line description."""
+        return {field.name: field.metadata["doc"] for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def make(
+        cls,
+        config: TransferConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+        preset: str | None = None,
+        **overrides: Any,
+    ) -> TransferConfig:
+        """Combine a preset, a config (object, mapping, or JSON file) and single fields, in that order.
+
+        Raises :class:`ConfigError` for an unknown field or preset, or an impossible value.
+        """
+        settings: dict[str, Any] = {}
+        if preset is not None:
+            _one_of("preset", preset, tuple(PRESETS))
+            settings.update(PRESETS[preset])
+        settings.update(_mapping(config))
+        settings.update(overrides)
+        known = cls.fields()
+        for name in settings:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+                raise ConfigError(f"unknown setting {name!r}{hint}")
+        return cls(**settings)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings with JSON types."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+    def replace(self, **changes: Any) -> TransferConfig:
+        """A copy with some fields changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "interface": INTERFACES,
+    "objective": OBJECTIVES,
+    "output_loss": OUTPUT_LOSSES,
+    "recompose": RECOMPOSITIONS,
+    "kl_kind": KL_KINDS,
+    "reduction": REDUCTIONS,
+    "schedule": SCHEDULES,
+    "solver": SOLVERS,
+    "dtype": DTYPES,
+    "backend": BACKENDS,
+    "learning_rate_schedule": ("constant", "linear", "cosine"),
+}
+
+_Range = tuple[type, Callable[[Any], bool], str]
+
+
+def _at_least(kind: type, low: float) -> _Range:
+    return (kind, lambda value: value >= low, f"{_article(kind)} of at least {low:g}")
+
+
+def _article(kind: type) -> str:
+    return "an integer" if kind is int else "a number"
+
+
+_FRACTION: _Range = (float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
+_POSITIVE: _Range = (float, lambda value: value > 0, "a number above 0")
+
+_RANGES: dict[str, _Range] = {
+    "layer_weight": _at_least(float, 0),
+    "output_weight": _at_least(float, 0),
+    "label_weight": _at_least(float, 0),
+    "label_smoothing": _FRACTION,
+    "temperature": _POSITIVE,
+    "coefficient_temperature": _POSITIVE,
+    "top_k": _at_least(int, 1),
+    "threshold": _at_least(float, 0),
+    "fit_examples": _at_least(int, 1),
+    "num_layers": _at_least(int, 1),
+    "attribution_examples": _at_least(int, 1),
+    "ridge": _POSITIVE,
+    "epochs": _at_least(int, 1),
+    "batch_size": _at_least(int, 1),
+    "micro_batch_size": _at_least(int, 1),
+    "learning_rate": _POSITIVE,
+    "weight_decay": _at_least(float, 0),
+    "warmup_fraction": _FRACTION,
+    "max_grad_norm": _at_least(float, 0),
+    "rank": _at_least(int, 1),
+    "alpha": _POSITIVE,
+    "dropout": _FRACTION,
+    "max_length": _at_least(int, 2),
+    "seed": _at_least(int, 0),
+    "store_budget_gb": _POSITIVE,
+    "log_every": _at_least(int, 1),
+}
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
+
+
+def _within(name: str, value: Any, kind: type, test: Callable[[Any], bool], wanted: str) -> None:
+    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    if not numeric or value != value or value in (float("inf"), float("-inf")) or not test(value):
+        raise ConfigError(f"{name}={value!r}: give {wanted}")
+
+
+def _layers(value: Any) -> tuple[int, ...] | str | None:
+    if value is None or value == "all":
+        return value  # type: ignore[no-any-return]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value,)
+    valid = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if not valid or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value):
+        raise ConfigError(f"layers={value!r}: give 0-based target layers such as [3, 5], or 'all'")
+    return tuple(sorted(set(value)))
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    if not value or any(not isinstance(name, str) or not name for name in value):
+        raise ConfigError(f"target_modules={value!r}: give module names such as ['up_proj', 'down_proj']")
+    return tuple(value)
+
+
+def _mapping(config: Any) -> dict[str, Any]:
+    if config is None:
+        return {}
+    if isinstance(config, TransferConfig):
+        return dataclasses.asdict(config)
+    if isinstance(config, Mapping):
+        return dict(config)
+    path = Path(config)
+    if not path.is_file():
+        raise ConfigError(f"config file {path} does not exist")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"config file {path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"config file {path} holds a {type(value).__name__}; give an object")
+    return value

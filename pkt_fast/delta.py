@@ -1,0 +1,264 @@
+"""The shipped change: low-rank layer deltas, stored as a standard PEFT LoRA adapter.
+
+``inject`` adds s·B·A to the weights in place, with float32 accumulation and one rounding; ``eject``
+brings back the exact bits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ._files import atomic_directory, write_json
+from .errors import DeltaError
+from .ops import inject_
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """One matrix's change: ΔW = scale · up · down, up (out, r), down (r, in)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.down.shape[0]
+
+    def matrix(self) -> Tensor:
+        """ΔW (out, in), materialised."""
+        return self.scale * (self.up @ self.down)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerDelta:
+    """Low-rank changes by module path, with the PEFT configuration they were made under.
+
+    Attributes:
+        changes: module path in the base model → :class:`LowRank`.
+        config: the contents of PEFT's ``adapter_config.json``.
+    """
+
+    changes: Mapping[str, LowRank]
+    config: Mapping[str, Any]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored in the delta."""
+        return sum(c.down.numel() + c.up.numel() for c in self.changes.values())
+
+    @classmethod
+    def from_peft(cls, model: nn.Module, adapter: str = "default") -> LayerDelta:
+        """Read the LoRA adapter attached to a PEFT model (tensors are detached copies on the CPU)."""
+        from peft import get_peft_model_state_dict
+
+        config = model.peft_config[adapter].to_dict()  # type: ignore[index,union-attr]
+        state = get_peft_model_state_dict(model, adapter_name=adapter)
+        tensors = {name: value.detach().cpu().clone() for name, value in state.items()}
+        return cls(_changes(tensors, config, "the attached adapter"), _plain(config))
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``; PEFT reads them.
+
+        The directory appears complete or not at all.  Raises :class:`~pkt_fast.errors.OutputError`.
+        """
+        with atomic_directory(directory, overwrite=overwrite) as temporary:
+            self.write_into(temporary)
+
+    def write_into(self, directory: Path) -> None:
+        """Write the two adapter files into an existing directory."""
+        tensors = {}
+        for path, change in self.changes.items():
+            tensors[f"{_PREFIX}{path}.lora_A.weight"] = change.down.contiguous()
+            tensors[f"{_PREFIX}{path}.lora_B.weight"] = change.up.contiguous()
+        save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(directory / CONFIG_FILE, dict(self.config))
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> LayerDelta:
+        """Read a PEFT LoRA adapter.  Raises :class:`DeltaError` when it is none or is damaged."""
+        directory = Path(directory)
+        config = _read_config(directory / CONFIG_FILE)
+        weights = directory / WEIGHTS_FILE
+        if not weights.is_file():
+            raise DeltaError(f"{directory} holds no {WEIGHTS_FILE}")
+        try:
+            tensors = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise DeltaError(f"{weights} is damaged: {error}") from error
+        return cls(_changes(tensors, config, str(weights)), config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DeltaError(f"{path.parent} is not an adapter directory: no {path.name}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeltaError(f"{path} is not JSON: {error}") from error
+    if config.get("peft_type") != "LORA":
+        raise DeltaError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    for option in ("use_dora", "lora_bias"):
+        if config.get(option):
+            raise DeltaError(f"{path}: {option} is set; a plain low-rank delta cannot express it")
+    return config
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A PEFT configuration with JSON types only, in an order that does not depend on hashing."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set):
+            return sorted(value)
+        return getattr(value, "value", value)
+
+    return {key: plain(value) for key, value in config.items()}
+
+
+def _changes(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str
+) -> dict[str, LowRank]:
+    """Pair lora_A with lora_B by module path and attach the scale PEFT would use."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in sorted(tensors.items()):
+        path, dot, half = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
+        if not dot or half not in ("A", "B") or tensor.ndim != 2:
+            raise DeltaError(f"{where}: {name} is not a LoRA matrix; only linear layers are supported")
+        halves.setdefault(path, {})[half] = tensor
+    if not halves:
+        raise DeltaError(f"{where} holds no LoRA matrix")
+    changes = {}
+    for path, pair in halves.items():
+        if set(pair) != {"A", "B"}:
+            raise DeltaError(f"{where}: {path} has lora_{next(iter(pair))} without its other half")
+        if pair["A"].shape[0] != pair["B"].shape[1]:
+            raise DeltaError(
+                f"{where}: ranks of {path} differ: lora_A {tuple(pair['A'].shape)}, "
+                f"lora_B {tuple(pair['B'].shape)}"
+            )
+        changes[path] = LowRank(pair["A"], pair["B"], _scale(config, path, pair["A"].shape[0]))
+    return changes
+
+
+def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
+    """alpha / r, or alpha / √r for rank-stabilised LoRA, with PEFT's per-module overrides."""
+    alpha = _override(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _override(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if path == pattern or path.endswith(f".{pattern}"):
+            return value
+    return default
+
+
+# --------------------------------------------------------------------------- inject and eject
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What :func:`inject` did: matrices changed and the share of elements rounding left as they were."""
+
+    matrices: int
+    elements: int
+    unchanged: int
+
+    @property
+    def unchanged_fraction(self) -> float:
+        """Share of weight elements whose stored value did not change."""
+        return self.unchanged / max(self.elements, 1)
+
+
+_backups: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+@torch.no_grad()
+def inject(
+    model: nn.Module,
+    delta: LayerDelta,
+    scale: float = 1.0,
+    *,
+    keep_backup: bool = True,
+    stochastic_seed: int | None = None,
+) -> Injection:
+    """Add ``scale`` · ΔW to the model's weights in place, in one pass over all matrices.
+
+    Accumulated in float32 and rounded once to the weight's dtype; with ``stochastic_seed`` the
+    rounding is stochastic, so that changes below half a unit in the last place survive on average.
+    ``keep_backup`` keeps the original bits for :func:`eject` (as much memory as the changed matrices);
+    without it the change is permanent.
+
+    Raises :class:`DeltaError`, before anything is changed, when the delta does not fit the model.
+    """
+    base = base_model(model)
+    plans = [_plan(base, path, change) for path, change in delta.changes.items()]
+    weights = [weight for weight, _, _ in plans]
+    backups = [torch.empty_like(weight) for weight in weights] if keep_backup else []
+    unchanged = inject_(
+        weights,
+        [change.down.to(weight.device) for weight, _, change in plans],
+        [change.up.to(weight.device) for weight, _, change in plans],
+        [change.scale * scale for _, _, change in plans],
+        [transposed for _, transposed, _ in plans],
+        backups,
+        stochastic_seed,
+    )
+    if keep_backup:
+        _backups.setdefault(base, []).extend(zip(weights, backups, strict=True))
+    return Injection(
+        len(weights), sum(weight.numel() for weight in weights), int(unchanged.sum())
+    )
+
+
+@torch.no_grad()
+def eject(model: nn.Module) -> int:
+    """Undo every :func:`inject` since the last eject, bit for bit; returns the matrices restored."""
+    saved = _backups.pop(base_model(model), [])
+    for weight, backup in reversed(saved):
+        weight.copy_(backup)
+    return len(saved)
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The Transformers model inside a PEFT wrapper, or the model itself."""
+    get_base = getattr(model, "get_base_model", None)
+    return get_base() if get_base is not None and hasattr(model, "peft_config") else model
+
+
+def _plan(base: nn.Module, path: str, change: LowRank) -> tuple[Tensor, bool, LowRank]:
+    """The weight that ``change`` goes into, and whether it is stored transposed (Conv1D)."""
+    try:
+        module = base.get_submodule(path)
+    except AttributeError as error:
+        raise DeltaError(f"the delta changes {path}, which {type(base).__name__} has not") from error
+    module = getattr(module, "base_layer", module)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+        raise DeltaError(f"{path} has no floating-point weight matrix to inject into")
+    transposed = type(module).__name__ == "Conv1D"
+    shape = (change.up.shape[0], change.down.shape[1])
+    if tuple(weight.shape) != (shape[::-1] if transposed else shape):
+        raise DeltaError(
+            f"{path}: the delta is for a {shape[0]}x{shape[1]} matrix, the model's weight is "
+            f"{weight.shape[0]}x{weight.shape[1]}{' (transposed)' if transposed else ''}"
+        )
+    return weight, transposed, change

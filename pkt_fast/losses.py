@@ -1,0 +1,103 @@
+"""The two losses of the method (paper, section 3.4), differentiable and without an N×V tensor.
+
+L_layer = 1 − mean cos(h_k, h̃) steers the paired layer; L_out = 1 − mean cos(z, onehot(y)) keeps the
+logits on the labels.  Both equal :mod:`pkt_fast.reference` in value and gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from .data import IGNORE_INDEX
+from .errors import ConfigError
+from .heads import HeadStatistics, head_statistics
+from .ops import label_cosine as label_cosine_op
+from .ops import label_cosine_chunked, row_cosine
+
+_statistics: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], HeadStatistics]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def layer_cosine(hidden: Tensor, target: Tensor) -> Tensor:
+    """L_layer = 1 − mean over rows of cos(hidden, target); (..., D) twice -> scalar.
+
+    Differentiable in both.  A row that is zero counts with cosine 0.
+    """
+    if hidden.shape != target.shape:
+        raise ConfigError(
+            f"layer_cosine: hidden is {tuple(hidden.shape)}, target {tuple(target.shape)}"
+        )
+    width = hidden.shape[-1]
+    return 1 - row_cosine(hidden.reshape(-1, width), target.reshape(-1, width)).mean()
+
+
+def label_cosine(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """L_out = 1 − mean over supervised rows of cos(z, onehot(y)), z = head(hidden); scalar.
+
+    ``hidden`` (..., D) predicts ``labels`` (...); −100 is ignored.  ``head`` is the LM-head module, with
+    ``weight`` (V, D) and perhaps ``bias`` (V,).  A frozen head costs two D×D products per row through
+    the statistics of :mod:`pkt_fast.heads` (computed once per head); a head that itself requires
+    gradients, or ``softcap`` > 0, takes the exact path over chunks of the vocabulary.
+    """
+    rows = label_cosine_rows(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        labels.reshape(-1),
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+    )
+    supervised = (labels != IGNORE_INDEX).sum()
+    return 1 - rows.sum() / supervised
+
+
+def label_cosine_rows(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """cos(z, onehot(y)) per row, 0 for ignored ones: (N, D), (N,) -> (N,)."""
+    weight: Tensor = head.weight
+    bias: Tensor | None = getattr(head, "bias", None)
+    trains = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters(recurse=False))
+    if softcap or trains:
+        return label_cosine_chunked(hidden, labels, weight, bias, label_smoothing, softcap)
+    known = statistics_of(head)
+    return label_cosine_op(
+        hidden,
+        labels,
+        weight,
+        bias,
+        known.factor,
+        known.shift,
+        known.rest,
+        known.label_sum,
+        known.bias_sum,
+        label_smoothing,
+    )
+
+
+def statistics_of(head: nn.Module) -> HeadStatistics:
+    """The head's statistics, computed once and again when its weights were replaced or modified."""
+    weight, bias = head.weight, getattr(head, "bias", None)
+    version = (weight.data_ptr(), weight._version)
+    if bias is not None:
+        version += (bias.data_ptr(), bias._version)
+    known = _statistics.get(head)
+    if known is None or known[0] != version:
+        known = (version, head_statistics(weight, bias))
+        _statistics[head] = known
+    return known[1]

@@ -1,0 +1,233 @@
+"""Semantic basis of a model, and the map between two models' latent spaces (paper, sections 3.1-3.2).
+
+The paper decomposes a source activation over V basis vectors and recomposes it over V others.  Both
+steps are linear, so their product M = S_tgtᵀ·S_src (D_tgt, D_src) is built once by streaming the
+vocabulary, and aligning N tokens is one matrix product.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ._files import atomic_file
+from .anatomy import Anatomy
+from .errors import ConfigError, DataError, NumericsError, VocabularyError
+from .heads import gram_root, row_blocks, streamed_gram
+from .ops import align_rows
+from .vocabulary import SharedVocabulary, match_vocabularies
+
+Recompose = Literal["frame", "dual", "logit"]
+LINEAR_RECOMPOSITIONS: tuple[str, ...] = ("frame", "dual", "logit")
+
+
+def unit_rows_(x: Tensor) -> Tensor:
+    """Scale the rows of x to unit length in place; a zero row stays zero."""
+    return x.div_(x.norm(dim=-1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny))
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticBasis:
+    """The unit rows of (W⁺)ᵀ for an LM head W, held as W and the D×D matrices that turn it into them.
+
+    Attributes:
+        weight: W (V, D), the head itself (not copied).
+        gram: G = WᵀW (D, D), float64.
+        factor: R (D, D), float64, with RᵀR = G.
+        inverse: G⁺ (D, D), float64.
+        rank: numerical rank of W; below D for a singular head.
+    """
+
+    weight: Tensor
+    gram: Tensor
+    factor: Tensor
+    inverse: Tensor
+    rank: int
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> SemanticBasis:
+        """The basis of ``model``'s LM head; a head bias does not enter (the paper's basis is W⁺)."""
+        return cls.from_weight(Anatomy.of(model).head.weight)
+
+    @classmethod
+    @torch.no_grad()
+    def from_weight(cls, weight: Tensor) -> SemanticBasis:
+        """The basis of an LM head weight (V, D).  Raises :class:`NumericsError` if it is not finite."""
+        weight = weight.detach()
+        gram = streamed_gram(weight)
+        if not torch.isfinite(gram).all():
+            raise NumericsError("the LM head holds NaN or inf: check the checkpoint")
+        root = gram_root(gram)
+        return cls(weight, gram, root.factor, root.inverse, root.rank)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of results: float64 for a float64 head, float32 otherwise."""
+        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """S (V, D): one unit vector per vocabulary label; the only attribute of the head's size."""
+        vectors = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
+        for rows in row_blocks(len(vectors)):
+            vectors[rows] = self.unit_vectors(self.weight[rows])
+        return vectors
+
+    def unit_vectors(self, head_rows: Tensor) -> Tensor:
+        """Rows of S, in float64, for rows (v, D) of the head."""
+        return unit_rows_(head_rows.to(torch.float64) @ self.inverse)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the basis, its vectors included, to one safetensors file."""
+        tensors = {
+            "weight": self.weight,
+            "gram": self.gram,
+            "factor": self.factor,
+            "inverse": self.inverse,
+            "vectors": self.vectors,
+        }
+        with atomic_file(path) as temporary:
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+                temporary,
+                metadata={"format": "pt", "pkt_fast": "semantic_basis", "rank": str(self.rank)},
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SemanticBasis:
+        """Read a basis written by :meth:`save`.  Raises :class:`DataError` for any other file."""
+        if not Path(path).is_file():
+            raise DataError(f"no semantic basis at {path}: the file does not exist")
+        try:
+            tensors = load_file(path)
+            basis = cls(
+                weight=tensors["weight"],
+                gram=tensors["gram"],
+                factor=tensors["factor"],
+                inverse=tensors["inverse"],
+                rank=int(torch.linalg.matrix_rank(tensors["factor"])),
+            )
+        except (SafetensorError, KeyError) as error:
+            raise DataError(f"{path} is not a semantic basis: {error}") from error
+        basis.__dict__["vectors"] = tensors["vectors"]
+        return basis
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticMap:
+    """A linear map M from the source's latent space to the target's.
+
+    Attributes:
+        matrix: M (D_tgt, D_src).
+        recompose: how the target's activation is put together (see :meth:`between`).
+        shared: how many vocabulary rows the two heads share.
+        normalize: whether h is divided by its norm first, as the paper's coefficients are cosines.
+        offset: constant added to M·h (D_tgt,), for maps fitted on data; None for the linear three.
+    """
+
+    matrix: Tensor
+    recompose: str
+    shared: int = 0
+    normalize: bool = False
+    offset: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def between(
+        cls,
+        src: nn.Module | SemanticBasis,
+        tgt: nn.Module | SemanticBasis,
+        recompose: Recompose | str = "frame",
+        *,
+        vocabulary: SharedVocabulary | None = None,
+        source_tokenizer: Any | None = None,
+        target_tokenizer: Any | None = None,
+    ) -> SemanticMap:
+        """Build M by streaming the shared vocabulary once.
+
+        ``frame``: M = S_tgtᵀ·S_src, the paper's recomposition; h is normalised.
+        ``dual``: M = (S_tgtᵀS_tgt)⁺·S_tgtᵀ·S_src, least squares on the coefficients; the identity when
+        source and target are one model.
+        ``logit``: M = (W_tgtᵀW_tgt)⁺·W_tgtᵀ·W_src, least squares on the logits.
+
+        Heads of different length need ``vocabulary`` or both tokenizers.  Raises
+        :class:`ConfigError` for another ``recompose`` and :class:`VocabularyError` when too little is
+        shared.
+        """
+        if recompose not in LINEAR_RECOMPOSITIONS:
+            raise ConfigError(
+                f"recompose={recompose!r}: choose one of {', '.join(LINEAR_RECOMPOSITIONS)}"
+            )
+        source = src if isinstance(src, SemanticBasis) else SemanticBasis.from_model(src)
+        target = tgt if isinstance(tgt, SemanticBasis) else SemanticBasis.from_model(tgt)
+        vocabulary = vocabulary or match_vocabularies(
+            len(source.weight), len(target.weight), source_tokenizer, target_tokenizer
+        )
+        if len(vocabulary) == 0:
+            raise VocabularyError("source and target share no vocabulary")
+        cross, own = _moments(source, target, vocabulary, recompose)
+        matrix = cross if recompose == "frame" else gram_root(own).inverse @ cross
+        return cls(
+            matrix.to(target.dtype), recompose, len(vocabulary), normalize=recompose == "frame"
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """h̃ for every row: (..., D_src) -> (..., D_tgt); accumulated in float32 at least."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        aligned = align_rows(rows, self.matrix, self.normalize)
+        if self.offset is not None:
+            aligned = aligned + self.offset
+        return aligned.reshape(*hidden.shape[:-1], self.matrix.shape[0])
+
+    def to(self, device: torch.device | str) -> SemanticMap:
+        """The same map with its matrix on ``device``."""
+        offset = None if self.offset is None else self.offset.to(device)
+        return SemanticMap(
+            self.matrix.to(device), self.recompose, self.shared, self.normalize, offset
+        )
+
+
+def _moments(
+    source: SemanticBasis, target: SemanticBasis, vocabulary: SharedVocabulary, recompose: str
+) -> tuple[Tensor, Tensor]:
+    """Σ_v t_v·s_vᵀ and Σ_v t_v·t_vᵀ over the shared rows: basis vectors, or head rows for "logit"."""
+    device = target.weight.device
+    cross = torch.zeros(
+        target.weight.shape[1], source.weight.shape[1], dtype=torch.float64, device=device
+    )
+    own = torch.zeros_like(target.gram)
+    for target_rows, source_rows in _shared_rows(source, target, vocabulary):
+        if recompose == "logit":
+            t, s = target_rows.to(torch.float64), source_rows.to(torch.float64)
+        else:
+            t, s = target.unit_vectors(target_rows), source.unit_vectors(source_rows)
+        cross.addmm_(t.T, s.to(device))
+        if recompose == "dual":
+            own.addmm_(t.T, t)
+    if recompose == "logit":
+        full = len(vocabulary) == len(target.weight)
+        own = target.gram if full else streamed_gram(target.weight[vocabulary.target.to(device)])
+    return cross, own
+
+
+def _shared_rows(
+    source: SemanticBasis, target: SemanticBasis, vocabulary: SharedVocabulary
+) -> Iterator[tuple[Tensor, Tensor]]:
+    whole = vocabulary.covers(len(source.weight), len(target.weight))
+    for rows in row_blocks(len(vocabulary)):
+        if whole:
+            yield target.weight[rows], source.weight[rows]
+        else:
+            yield (
+                target.weight[vocabulary.target[rows].to(target.weight.device)],
+                source.weight[vocabulary.source[rows].to(source.weight.device)],
+            )
