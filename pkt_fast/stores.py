@@ -1,0 +1,375 @@
+"""Activation rows kept between the phases of a transfer, in memory or in a directory of shards.
+
+A store holds one or more named columns, (rows, D) each.  Its rows are grouped by example: example i
+owns ``counts[i]`` consecutive rows.  Rows are appended once, in the order in which examples are
+processed, and read back by example in any order.
+
+On disk a store is ``manifest.json`` beside safetensors shards.  The manifest holds shapes, dtypes, a
+checksum of every shard and the fingerprints of the model and the data, so that a second transfer with
+the same source and data finds and trusts it.  Shards are memory-mapped on reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ._files import atomic_file, write_json
+from .errors import OutputError, StoreError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SHARD_BYTES = 64 * 2**20
+
+Item = TypeVar("Item")
+
+
+# --------------------------------------------------------------------------- columns
+
+
+class Column(ABC):
+    """One (rows, D) matrix, appended to in order, then read by row range."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.rows, self.width, self.dtype = rows, width, dtype
+        self.filled = 0
+
+    def append(self, values: Tensor) -> None:
+        """Add rows (n, D) at the end; cast to the column's dtype."""
+        if self.filled + len(values) > self.rows:
+            raise StoreError(f"store: {self.filled + len(values)} rows appended, {self.rows} expected")
+        self._write(values.detach().to(self.dtype))
+        self.filled += len(values)
+
+    @abstractmethod
+    def _write(self, values: Tensor) -> None: ...
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), perhaps as a view."""
+
+
+class MemoryColumn(Column):
+    """A preallocated tensor."""
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, width, dtype)
+        self._values = torch.empty(rows, width, dtype=dtype)
+
+    def _write(self, values: Tensor) -> None:
+        self._values[self.filled : self.filled + len(values)].copy_(values)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self._values[start:stop]
+
+
+class ShardedColumn(Column):
+    """Safetensors files of at most :data:`SHARD_BYTES`, memory-mapped on reading."""
+
+    def __init__(self, directory: Path, name: str, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, width, dtype)
+        self.directory, self.name = directory, name
+        self.shard_rows = max(1, SHARD_BYTES // max(1, width * dtype.itemsize))
+        self.checksums: list[int] = []
+        self._pending = torch.empty(min(self.shard_rows, rows), width, dtype=dtype)
+        self._open: dict[int, Any] = {}
+
+    def path(self, shard: int) -> Path:
+        """File of one shard."""
+        return self.directory / f"{self.name}-{shard:05d}.safetensors"
+
+    def _write(self, values: Tensor) -> None:
+        values = values.cpu()
+        done = 0
+        while done < len(values):
+            at = (self.filled + done) % self.shard_rows
+            count = min(self.shard_rows - at, len(values) - done)
+            self._pending[at : at + count].copy_(values[done : done + count])
+            done += count
+            if at + count == self.shard_rows or self.filled + done == self.rows:
+                self._flush(at + count)
+
+    def _flush(self, rows: int) -> None:
+        path = self.path(len(self.checksums))
+        with atomic_file(path) as temporary:
+            save_file({"rows": self._pending[:rows]}, temporary)
+            self.checksums.append(checksum(temporary))
+        if len(self.checksums) * self.shard_rows >= self.rows:
+            self._pending = torch.empty(0, self.width, dtype=self.dtype)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        parts = []
+        while start < stop:
+            shard, at = divmod(start, self.shard_rows)
+            count = min(self.shard_rows - at, stop - start)
+            parts.append(self._slice(shard, at, at + count))
+            start += count
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts) if parts else torch.empty(0, self.width, dtype=self.dtype)
+
+    def _slice(self, shard: int, start: int, stop: int) -> Tensor:
+        if shard not in self._open:
+            self._open[shard] = safe_open(self.path(shard), "pt")
+        rows: Tensor = self._open[shard].get_slice("rows")[start:stop]
+        return rows
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file, read in pieces."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+# --------------------------------------------------------------------------- store
+
+
+class ActivationStore:
+    """Named columns whose rows are grouped by example.
+
+    Attributes:
+        counts: rows of every example.
+        order: examples in the order their rows are appended.
+        columns: the matrices by name.
+    """
+
+    def __init__(
+        self, counts: Sequence[int], order: Sequence[int], columns: Mapping[str, Column]
+    ) -> None:
+        self.counts, self.order, self.columns = list(counts), list(order), dict(columns)
+        self.total = sum(self.counts)
+        stops = list(itertools.accumulate(self.counts[i] for i in self.order))
+        self._starts = [0] * len(self.counts)
+        for example, stop in zip(self.order, stops, strict=True):
+            self._starts[example] = stop - self.counts[example]
+
+    def append(self, rows: Mapping[str, Tensor]) -> None:
+        """Append the rows of the next examples of :attr:`order` to every column."""
+        for name, values in rows.items():
+            self.columns[name].append(values)
+
+    def rows(self, name: str, examples: Iterable[int]) -> Tensor:
+        """Rows of ``examples`` in the order given, packed: (Σ counts, D)."""
+        column = self.columns[name]
+        parts = [
+            column.read(self._starts[i], self._starts[i] + self.counts[i]) for i in examples
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def check_complete(self) -> None:
+        """Raise :class:`StoreError` unless every row has been appended."""
+        for name, column in self.columns.items():
+            if column.filled != column.rows:
+                raise StoreError(f"store column {name}: {column.filled} of {column.rows} rows written")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all columns."""
+        return sum(c.rows * c.width * c.dtype.itemsize for c in self.columns.values())
+
+
+ColumnSpec = tuple[int, torch.dtype]
+
+
+def store_bytes(counts: Sequence[int], columns: Mapping[str, ColumnSpec]) -> int:
+    """Bytes a store of ``columns`` (width, dtype) takes."""
+    return sum(counts) * sum(width * dtype.itemsize for width, dtype in columns.values())
+
+
+def memory_store(
+    counts: Sequence[int], order: Sequence[int], columns: Mapping[str, ColumnSpec]
+) -> ActivationStore:
+    """A store in host memory."""
+    total = sum(counts)
+    return ActivationStore(
+        counts,
+        order,
+        {name: MemoryColumn(total, width, dtype) for name, (width, dtype) in columns.items()},
+    )
+
+
+@contextlib.contextmanager
+def writing_directory_store(
+    path: Path,
+    counts: Sequence[int],
+    order: Sequence[int],
+    columns: Mapping[str, ColumnSpec],
+    fingerprint: Mapping[str, Any],
+) -> Iterator[ActivationStore]:
+    """Yield a store to append to; it takes the name ``path`` once complete, or leaves nothing behind."""
+    total = sum(counts)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OutputError(f"cannot make a store in {path.parent}: {error.strerror}") from error
+    try:
+        store = ActivationStore(
+            counts,
+            order,
+            {
+                name: ShardedColumn(temporary, name, total, width, dtype)
+                for name, (width, dtype) in columns.items()
+            },
+        )
+        yield store
+        store.check_complete()
+        write_json(temporary / MANIFEST, _manifest(store, fingerprint))
+        if path.exists():
+            shutil.rmtree(path)
+        os.rename(temporary, path)
+        for column in store.columns.values():
+            assert isinstance(column, ShardedColumn)
+            column.directory = path
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _manifest(store: ActivationStore, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "fingerprint": dict(fingerprint),
+        "counts": store.counts,
+        "order": store.order,
+        "columns": {
+            name: {
+                "rows": column.rows,
+                "width": column.width,
+                "dtype": str(column.dtype).removeprefix("torch."),
+                "shard_rows": column.shard_rows,
+                "crc32": column.checksums,
+            }
+            for name, column in store.columns.items()
+            if isinstance(column, ShardedColumn)
+        },
+    }
+
+
+def open_directory_store(path: Path, fingerprint: Mapping[str, Any]) -> ActivationStore | None:
+    """The store at ``path`` if it was made under ``fingerprint``; None when there is none.
+
+    Raises :class:`StoreError` when the store is damaged or was made from something else.
+    """
+    manifest_path = path / MANIFEST
+    if not manifest_path.is_file():
+        return None
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        made_from = manifest["fingerprint"]
+        columns = {
+            name: _open_column(path, name, entry) for name, entry in manifest["columns"].items()
+        }
+        store = ActivationStore(manifest["counts"], manifest["order"], columns)
+    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise StoreError(f"store {path} is damaged ({error}); delete it to build it anew") from error
+    if made_from != dict(fingerprint):
+        differs = sorted(k for k in fingerprint if made_from.get(k) != fingerprint[k])
+        raise StoreError(
+            f"store {path} was made from another {', '.join(differs)}; delete it to build it anew"
+        )
+    return store
+
+
+def _open_column(path: Path, name: str, entry: Mapping[str, Any]) -> ShardedColumn:
+    column = ShardedColumn(
+        path, name, entry["rows"], entry["width"], getattr(torch, entry["dtype"])
+    )
+    column.shard_rows = entry["shard_rows"]
+    column.checksums = list(entry["crc32"])
+    column.filled = column.rows
+    column._pending = torch.empty(0, column.width, dtype=column.dtype)
+    for shard, expected in enumerate(column.checksums):
+        if checksum(column.path(shard)) != expected:
+            raise StoreError(
+                f"store shard {column.path(shard)} is damaged (checksum); delete {path} to build it anew"
+            )
+    return column
+
+
+# --------------------------------------------------------------------------- fingerprints
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Digest of a model's configuration and of evenly spaced elements of every parameter.
+
+    Sampling (64 elements a parameter) keeps this fast for large models; any training step changes
+    nearly every element, so it tells checkpoints of one model apart.
+    """
+    digest = hashlib.sha256()
+    config = getattr(model, "config", None)
+    if config is not None:
+        known = config.to_dict()
+        for volatile in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
+            known.pop(volatile, None)
+        digest.update(json.dumps(known, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        picks = torch.linspace(0, max(0, flat.numel() - 1), min(64, flat.numel())).long()
+        sample = flat[picks.to(flat.device)].to(torch.float64).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+# --------------------------------------------------------------------------- prefetching
+
+
+def prefetched(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """Yield ``items`` while a thread prepares the next ``depth`` of them.
+
+    An exception in the thread is raised here; leaving the loop early ends the thread.
+    """
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=work, name="pkt_fast-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, value = ready.get()
+            if more:
+                yield value
+            elif value is None:
+                return
+            else:
+                raise value
+    finally:
+        stopped.set()
+        thread.join()
+
