@@ -1,7 +1,7 @@
 """Where a decoder-only Transformers model keeps its layers, sublayers, final norm and head.
 
-This is the only module that knows.  Nothing here is a list of class names: a model is taken apart by
-running a tiny *probe* (two rows of six random tokens) and watching the tensors that pass.
+This is the only module that knows.  Nothing here is a list of class names: a model is taken apart
+by running a tiny *probe* (two rows of six random tokens) and watching the tensors that pass.
 
 * **Blocks.**  The longest ``ModuleList`` whose members each map (B, T, D) to (B, T, D).
 * **Sublayers.**  A residual block computes ``out = in + attention + mlp``, whatever its norms and
@@ -27,7 +27,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -42,7 +41,7 @@ _ROWS, _TOKENS = 2, 6
 
 @dataclass(frozen=True)
 class TapValue:
-    """A layer activation as the tensors it is made of, so that a fused kernel can do the arithmetic.
+    """A layer activation as the tensors it is made of: a fused kernel can do the arithmetic.
 
     Attributes:
         value: (B, T, D).
@@ -118,7 +117,7 @@ class HeadInput:
 
 @dataclass(frozen=True)
 class _Source:
-    """A tensor a hook can read: an element of a module's output, perhaps minus one of its inputs."""
+    """A tensor a hook can read: part of a module's output, perhaps minus one of its inputs."""
 
     path: str  # relative to the block
     index: int | None  # element of a tuple output; None: the output itself
@@ -399,6 +398,11 @@ def _tap_source(block: nn.Module, source: _Source) -> Tap:
     return tap
 
 
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[int | str, Any]]:
+    yield from enumerate(args)
+    yield from kwargs.items()
+
+
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str) -> Any:
     return args[key] if isinstance(key, int) else kwargs[key]
 
@@ -416,7 +420,7 @@ def _stream(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], width: int
 ) -> tuple[int | str, Tensor]:
     """The first (B, T, width) argument of a block call, and where it was passed."""
-    for key, value in itertools.chain(enumerate(args), kwargs.items()):
+    for key, value in _arguments(args, kwargs):
         if _is_stream(value, width):
             return key, value
     raise ModelError(f"a block was called without a (B, T, {width}) argument")
@@ -832,7 +836,7 @@ def _readings(
         flat = item.dim() == 2
         value = _exact(item).reshape(_ROWS, _TOKENS, width)
         yield _Source(path, index, None, flat), value
-        for key, argument in itertools.chain(enumerate(args), kwargs.items()):
+        for key, argument in _arguments(args, kwargs):
             if _token_rows(argument, width) and argument.shape == item.shape:
                 difference = value - _exact(argument).reshape(value.shape)
                 yield _Source(path, index, key, flat), difference
