@@ -57,6 +57,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _SUFFIXES = (".jsonl", ".json", ".txt")
 _PROBE = "@@pkt-assistant-turn@@"
 _WINDOW_BATCHES = 50
+_MIXING = 0.02
+_MAX_PADDING = 0.10
 
 Message = dict[str, str]
 Span = tuple[int, int]
@@ -89,10 +91,10 @@ class Example:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    @property
+    @cached_property
     def num_supervised(self) -> int:
         """Positions with a loss: the first token is never predicted."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return max(len(self) - 1, 0) - self.labels[1:].count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -778,13 +780,14 @@ def _tokenise(
     encoded = _call(tokenizer, texts, offsets=fast)
     for i, item in enumerate(rendered):
         ids: list[int] = encoded["input_ids"][i]
+        offsets: list[Span] | None = None
         if fast:
-            offsets = _without_gaps(encoded["offset_mapping"][i])
-            mask = _overlaps(offsets, item.spans)
+            table = _without_gaps(encoded["offset_mapping"][i])
+            mask = _overlaps(table, item.spans)
+            offsets = list(map(tuple, table.tolist()))
         else:
-            offsets = None
             mask = _slow_mask(tokenizer, item, ids)
-        labels = [token if keep else IGNORE_INDEX for token, keep in zip(ids, mask, strict=True)]
+        labels: list[int] = np.where(mask, ids, IGNORE_INDEX).tolist()
         head = _head(ids, prefix, tokenizer.bos_token_id)
         labels[:head] = [IGNORE_INDEX] * head
         if item.needs_prefix and not head:
@@ -825,44 +828,40 @@ def _head(ids: Sequence[int], prefix: list[int], bos: int | None) -> int:
     return int(bool(ids) and ids[0] == bos)
 
 
-def _without_gaps(offsets: Sequence[Span]) -> list[Span]:
-    """Let every token begin no later than the one before ended.
+def _without_gaps(offsets: Sequence[Span]) -> np.ndarray:
+    """Let every token begin no later than the one before ended: (T, 2).
 
     Byte-level tokenizers may leave the blank of " word" out of its span, or give blanks no span at
     all; they do belong to the token.
     """
-    out, reached = [], 0
-    for start, end in offsets:
-        out.append((min(start, reached), end))
-        reached = max(reached, end)
-    return out
+    table = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    reached = np.maximum.accumulate(table[:, 1])
+    table[:1, 0] = 0
+    table[1:, 0] = np.minimum(table[1:, 0], reached[:-1])
+    return table
 
 
-def _overlaps(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token shares a character with a span (or, if empty, lies in one)."""
-    table = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    start, end = table[:, 0], np.maximum(table[:, 1], table[:, 0] + 1)
-    mask = np.zeros(len(table), dtype=bool)
+def _overlaps(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
+    """Whether each token shares a character with a span (or, if empty, lies in one): (T,) bool."""
+    start, end = offsets[:, 0], np.maximum(offsets[:, 1], offsets[:, 0] + 1)
+    mask = np.zeros(len(offsets), dtype=bool)
     for low, high in spans:
         mask |= (start < high) & (end > low)
-    return mask.tolist()  # type: ignore[no-any-return]
+    return mask
 
 
 def _slow_mask(
     tokenizer: PreTrainedTokenizerBase, item: _Rendered, ids: Sequence[int]
-) -> list[bool]:
+) -> np.ndarray:
     """Do the same for a tokenizer without offsets, by tokenising the text up to each border."""
     borders = [border for span in item.spans for border in span]
     pieces = _call(tokenizer, [item.text[:border] for border in borders], offsets=False)
-    mask = [False] * len(ids)
-    for (low, high), head, whole in zip(
-        item.spans, pieces["input_ids"][::2], pieces["input_ids"][1::2], strict=True
-    ):
-        first = _common_prefix(head, ids) if low else 0
-        last = _common_prefix(whole, ids) if high < len(item.text) else len(ids)
-        # A token that straddles the end of the span belongs to it.
-        last += high < len(item.text) and last < len(whole)
-        mask[first:last] = [True] * (last - first)
+    # Tokens wholly before a border; the one that straddles it, if any, comes next.
+    whole = [_common_prefix(piece, ids) for piece in pieces["input_ids"]]
+    mask = np.zeros(len(ids), dtype=bool)
+    for k in range(len(item.spans)):
+        straddles = whole[2 * k + 1] < len(pieces["input_ids"][2 * k + 1])
+        mask[whole[2 * k] : whole[2 * k + 1] + straddles] = True
     return mask
 
 
@@ -942,8 +941,12 @@ def batch_indices(
 
     Without a seed the order is that of the input.  With one it is shuffled, the same way for the
     same (seed, epoch).  With ``bucket`` the shuffled indices are cut into windows of 50 batches,
-    sorted by length inside each window, cut into batches, and the batches shuffled: little
-    padding, and still a different mixture every epoch.
+    sorted by length inside each window (give or take 2 %, so that every epoch mixes its batches
+    anew), cut into batches, and the batches shuffled.
+
+    A window whose batches would be more than a tenth padding is cut where padding is least, into
+    smaller batches if need be, at most one more in eight: the number of batches may exceed
+    ``ceil(len(lengths) / batch_size)`` by that, and no batch is larger than ``batch_size``.
     """
     order = list(range(len(lengths)))
     if seed is None:
@@ -952,11 +955,52 @@ def batch_indices(
     generator.shuffle(order)
     if not bucket:
         return _chunks(order, batch_size)
+    key = [length * generator.uniform(1 - _MIXING, 1 + _MIXING) for length in lengths]
     out: list[list[int]] = []
     for window in _chunks(order, _WINDOW_BATCHES * batch_size):
-        out += _chunks(sorted(window, key=lengths.__getitem__), batch_size)
+        window.sort(key=key.__getitem__)
+        stops = np.cumsum(_batch_sizes([lengths[i] for i in window], batch_size)).tolist()
+        out += [window[i:j] for i, j in zip([0, *stops], stops, strict=False)]
     generator.shuffle(out)
     return out
+
+
+def _batch_sizes(lengths: Sequence[int], batch_size: int) -> list[int]:
+    """Cut (nearly) sorted rows into batches; see :func:`batch_indices` for when sizes differ."""
+    rows = list(range(len(lengths)))
+    plain = _chunks(rows, batch_size)
+    allowed = sum(lengths) / (1 - _MAX_PADDING)
+    area = sum(len(batch) * max(lengths[i] for i in batch) for batch in plain)
+    extra = len(plain) // 8
+    if area <= allowed or not extra:
+        return [len(batch) for batch in plain]
+    return _least_padding(np.array(lengths), batch_size, len(plain) + extra, allowed)
+
+
+def _least_padding(lengths: np.ndarray, batch_size: int, most: int, allowed: float) -> list[int]:
+    """Sizes of the fewest batches with a padded area <= ``allowed``, or of ``most`` batches.
+
+    Dynamic programme over the number of batches: ``best[j]`` is the least area of the first j
+    rows, ``area[j, i]`` that of one batch of i + 1 rows ending with row j.
+    """
+    count, width = len(lengths), min(batch_size, len(lengths))
+
+    def backwards(values: np.ndarray, fill: float) -> np.ndarray:
+        padded = np.concatenate([np.full(width - 1, fill), values])
+        return np.lib.stride_tricks.sliding_window_view(padded, width)[:, ::-1]
+
+    area = np.maximum.accumulate(backwards(lengths, 0), axis=1) * np.arange(1, width + 1)
+    best = np.full(count + 1, np.inf)
+    best[0] = 0
+    choices: list[np.ndarray] = []
+    while len(choices) < most and best[-1] > allowed:
+        total = backwards(best[:-1], np.inf) + area
+        choices.append(total.argmin(axis=1) + 1)
+        best = np.concatenate([[np.inf], total.min(axis=1)])
+    sizes: list[int] = []
+    for choice in reversed(choices):
+        sizes.append(int(choice[count - sum(sizes) - 1]))
+    return sizes[::-1]
 
 
 def batches(
