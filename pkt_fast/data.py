@@ -592,25 +592,32 @@ class _Renderer:
         """
         probe = {"role": "assistant", "content": _PROBE}
         before, found, behind = self._render([*messages[:i], probe]).partition(_PROBE)
+        before = before if found else ""
         prompt = self._try_prompt(messages[:i])
-        visible = _visible_forms(messages[i]["content"])
-        begin = _locate(
-            text, before if found else "", visible, messages[i - 1] if i else None, cursor
-        )
-        if begin is None:
+        starts = [
+            len(head)
+            for head in (before, prompt)
+            if head and text.startswith(head) and len(head) >= cursor
+        ]
+        if not starts:
+            # Not prefix-stable (a system turn that moves, say): anchor on the previous message.
+            starts = _after_anchor(text, before, messages[i - 1] if i else None, cursor)
+        closing = behind[: self._turn_end(behind, behind)]
+        words = _find_words(text, _visible_forms(messages[i]["content"]), starts, closing, cursor)
+        if words is None:
             return None
-        start, words_end = begin
-        end = words_end + self._turn_end(text[words_end:], behind)
-        if prompt is not None and text.startswith(prompt) and cursor <= len(prompt) <= start:
+        start, end = words
+        end += self._turn_end(text[end:], behind)
+        if prompt and text.startswith(prompt) and cursor <= len(prompt) <= start:
             return len(prompt), end
-        lead = before[len(prompt) :] if prompt is not None and before.startswith(prompt) else ""
+        lead = before[len(prompt) :] if prompt and before.startswith(prompt) else ""
         return (start - len(lead) if lead and text[:start].endswith(lead) else start), end
 
-    def _try_prompt(self, messages: list[Message]) -> str | None:
+    def _try_prompt(self, messages: list[Message]) -> str:
         try:
             return self._render(messages, generate=True)
         except _Dropped:
-            return None
+            return ""
 
     def _turn_end(self, rest: str, behind: str) -> int:
         """Length of the turn's closing in ``rest``, the text after the assistant's words.
@@ -628,24 +635,24 @@ class _Renderer:
         return len(closing.rstrip()) or len(closing)
 
 
-def _locate(
-    text: str, before: str, visible: Sequence[str], previous: Message | None, cursor: int
+def _after_anchor(text: str, before: str, previous: Message | None, cursor: int) -> list[int]:
+    """Where ``text`` goes on behind the last part of ``before``, from the previous message on."""
+    words = previous["content"].strip() if previous is not None else ""
+    anchor = before[max(before.rfind(words), 0) :] if words else before
+    at = text.find(anchor, cursor) if anchor else -1
+    return [at + len(anchor)] if at >= 0 else []
+
+
+def _find_words(
+    text: str, forms: Sequence[str], starts: Sequence[int], closing: str, cursor: int
 ) -> Span | None:
-    """Span of the assistant's words: behind ``before``, behind its last part, or simply next."""
-    starts: list[int] = []
-    if before and text.startswith(before) and len(before) >= cursor:
-        starts = [len(before)]
-    elif before:
-        # Not prefix-stable (a system turn that moves, say): anchor on the previous message.
-        words = previous["content"].strip() if previous is not None else ""
-        anchor = before[max(before.rfind(words), 0) :] if words else before
-        at = text.find(anchor, cursor)
-        starts = [at + len(anchor)] if at >= 0 else []
-    for words in visible:
-        if any(text.startswith(words, start) for start in starts):
-            return starts[0], starts[0] + len(words)
-    for words in visible:
-        at = text.find(words, starts[0] if starts else cursor)
+    """Span of the assistant's words: at one of ``starts``, else the next ones that are closed."""
+    for start, words in itertools.product(starts, forms):
+        if text.startswith(words, start):
+            return start, start + len(words)
+    low = min(starts, default=cursor)
+    for end, words in itertools.product((closing, ""), forms):
+        at = text.find(words + end, low)
         if at >= 0:
             return at, at + len(words)
     return None
