@@ -277,7 +277,7 @@ def read_rows(data: Any = None, *, limit: int | None = None) -> tuple[list[dict[
             kind; or a row is neither a dict nor a string.
     """
     if data is None:
-        from pkt_fast.demo_data import bundled_rows
+        from pkt_fast.demo import bundled_rows
 
         raw, origin = list(itertools.islice(bundled_rows(), limit)), Origin("bundled data")
     elif isinstance(data, str | os.PathLike):
@@ -608,14 +608,21 @@ class _Renderer:
             return None
         start, end = words
         end += self._turn_end(text[end:], behind)
+        # Between the generation prompt and the words stands what the model has to write as well: a
+        # blank, an empty reasoning block.  A template without a generation prompt puts its header
+        # there, and that is nobody's to write.
+        lead = ""
         if prompt and text.startswith(prompt) and cursor <= len(prompt) <= start:
-            return len(prompt), end
-        lead = before[len(prompt) :] if prompt and before.startswith(prompt) else ""
-        return (start - len(lead) if lead and text[:start].endswith(lead) else start), end
+            lead = text[len(prompt) : start]
+        elif prompt and before.startswith(prompt) and text[:start].endswith(before[len(prompt) :]):
+            lead = before[len(prompt) :]
+        if lead.strip() and prompt == self._try_prompt(messages[:i], generate=False):
+            lead = ""
+        return start - len(lead), end
 
-    def _try_prompt(self, messages: list[Message]) -> str:
+    def _try_prompt(self, messages: list[Message], *, generate: bool = True) -> str:
         try:
-            return self._render(messages, generate=True)
+            return self._render(messages, generate)
         except _Dropped:
             return ""
 

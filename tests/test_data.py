@@ -164,6 +164,64 @@ def test_answer_the_template_hides_is_dropped():
         encode([chat("q", "answer")], tokenizer)
 
 
+def with_template(template: str, tokenizer=None):
+    tokenizer = tokenizer or toy.byte_level("phi3")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [toy.byte_level, toy.metaspace])
+def test_header_of_a_template_without_generation_prompt(make):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\nSo: ' + m['content'] + '<|end|>' }}"
+    )
+    tokenizer = with_template(template + "{% endfor %}", make("phi3"))
+    (example,) = encode([chat("q", "The answer", "q", "12")], tokenizer)
+    assert "".join(turns(tokenizer, example)).replace(" ", "") == "Theanswer<|end|>12<|end|>"
+
+
+def test_next_header_is_not_the_end_of_a_turn():
+    """Only the last turn is closed here; "<|" of "<|end|>" also begins the next "<|user|>"."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt else '<|end|>' }}"
+    )
+    (example,) = encode([chat("q", "one", "q", "two")], tokenizer)
+    assert turns(tokenizer, example) == ["one", "two<|end|>"]
+
+
+def test_moved_system_turn_without_any_marker():
+    """Neither a stable prefix nor a closing token: the question before the answer tells."""
+    tokenizer = with_template(
+        "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+        "{% for m in messages if m['role'] != 'system' %}"
+        "{{ m['role'] + ': ' + (messages[0]['content'] if m == users[-1] else '')"
+        " + m['content'] + '\n' }}{% endfor %}"
+    )
+    system = {"role": "system", "content": "Be brief. "}
+    row = {"messages": [system, *chat("Is it C\nor a\nb?", "a", "and?", "b")["messages"]]}
+    (example,) = encode([row], tokenizer)
+    assert example.text.startswith("user: Is it C\nor a\nb?\nassistant: a\nuser: Be brief. and?")
+    assert [turn.strip() for turn in turns(tokenizer, example)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("make", [toy.byte_level, toy.WordTokenizer])
+def test_token_across_the_end_of_a_turn_belongs_to_it(make):
+    r"""The turn ends in "\n", which makes one token with the blank line behind it."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ '' if loop.first else '\n\n\n' }}"
+        "{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}",
+        make(),
+    )
+    (example,) = encode([chat("user", "The answer", "user", "C")], tokenizer)
+    ids = [i for i, label in enumerate(example.labels) if label != IGNORE_INDEX]
+    if make is toy.WordTokenizer:
+        assert example.input_ids[ids[3]] == tokenizer.unk_token_id  # "\n\n\n\n"
+        assert len(ids) == 6
+    else:
+        assert "".join(turns(tokenizer, example)).split() == ["The", "answer", "C"]
+
+
 def test_refused_system_turn_joins_the_first_question():
     gemma = toy.byte_level("gemma")
     (example,) = encode([{"messages": CHAT[:3]}], gemma)
@@ -535,9 +593,9 @@ def test_datasets_dataset(bare):
 
 
 def test_bundled_rows(monkeypatch, bare):
-    module = types.ModuleType("pkt_fast.demo_data")
+    module = types.ModuleType("pkt_fast.demo")
     module.bundled_rows = lambda: [chat("q", "a"), chat("q", "b")]
-    monkeypatch.setitem(sys.modules, "pkt_fast.demo_data", module)
+    monkeypatch.setitem(sys.modules, "pkt_fast.demo", module)
     found = encode(None, bare, limit=1)
     assert found.summary.source == "bundled data"
     assert len(found) == 1
