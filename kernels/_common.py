@@ -2,14 +2,17 @@
 
 Every file ``kernels/<op>.py`` holds
 
-* one or more ``@triton.jit`` kernels, wrapped in ``triton.autotune`` / ``triton.heuristics`` as needed,
-* a host function with exactly the signature of the op in docs/design.md, taking CUDA or ROCm tensors
+* one or more ``@triton.jit`` kernels, wrapped in ``triton.autotune`` / ``triton.heuristics`` as
+  needed,
+* a host function with exactly the signature of the op in docs/design.md, taking CUDA or ROCm
+  tensors
   (CPU tensors under ``TRITON_INTERPRET=1``),
-* ``aot_specs(target: Target) -> list[KernelSpec]``: how each kernel is compiled at a realistic shape.
+* ``aot_specs(target: Target) -> list[KernelSpec]``: how each kernel is compiled at a realistic
+  shape.
 
-**The aot convention.**  ``KernelSpec.args`` maps every run-time argument of the kernel to its type, in
-Triton's signature notation, with ``":16"`` appended where a launch would find the pointer 16-byte
-aligned or the integer a multiple of 16::
+**The aot convention.**  ``KernelSpec.args`` maps every run-time argument of the kernel to its
+type, in Triton's signature notation, with ``":16"`` appended where a launch would find the pointer
+16-byte aligned or the integer a multiple of 16::
 
     def aot_specs(target: Target) -> list[KernelSpec]:
         return [
@@ -25,13 +28,13 @@ aligned or the integer a multiple of 16::
             )
         ]
 
-``kind="gemm"`` demands matrix instructions, ``kind="bytes"`` demands 16-byte global accesses, and no
-kernel may spill.  ``target`` lets a file choose tiles and dot precision per architecture; use the same
-constants as the autotuning list, so that what is checked is what runs.
+``kind="gemm"`` demands matrix instructions, ``kind="bytes"`` demands 16-byte global accesses, and
+no kernel may spill.  ``target`` lets a file choose tiles and dot precision per architecture; use
+the same constants as the autotuning list, so that what is checked is what runs.
 
-**Conventions of the kernels.**  Reductions and dot products accumulate in float32.  ``INTERPRETED`` is
-passed to kernels that call ``tl.dot``: the interpreter multiplies bf16 operands as raw integers, so
-they are cast to float32 there.  Float64 storage is left to the reference.
+**Conventions of the kernels.**  Reductions and dot products accumulate in float32.
+``INTERPRETED`` is passed to kernels that call ``tl.dot``: the interpreter multiplies bf16 operands
+as raw integers, so they are cast to float32 there.  Float64 storage is left to the reference.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """X·Mᵀ with the row norms of X from the same tiles, for several layers in one launch.
 
-A persistent grouped GEMM: every program walks the output tiles of all groups, found through a table of
-addresses and row counts.  While the K loop multiplies tiles of X it adds up their squares, and the
-epilogue divides each row by its norm, so that the un-normalised product never exists in memory.
+A persistent grouped GEMM: every program walks the output tiles of all groups, found through a
+table of addresses and row counts.  While the K loop multiplies tiles of X it adds up their
+squares, and the epilogue divides each row by its norm, so that the un-normalised product never
+exists in memory.
 
 Squares of ordinary rows are summed as they are.  A tile with a row whose sum of squares leaves
-[2⁻⁸⁰, 2¹⁰⁰] reads its rows once more and sums squares at two scales; one of them is safe for any norm.
+[2⁻⁸⁰, 2¹⁰⁰] reads its rows once more and sums squares at two scales; one of them is safe for any
+norm.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def _align_tile(
     BLOCK_K: tl.constexpr,
     SWIZZLE: tl.constexpr,
 ):
-    # Tiles are walked in bands of SWIZZLE row blocks, so that concurrent programs share M and X in L2.
+    # Tiles are walked in bands of SWIZZLE row blocks: concurrent programs share M and X in L2.
     tiles_n = tl.cdiv(rows, BLOCK_N)
     tiles_m = tl.cdiv(outputs, BLOCK_M)
     band = tile // (SWIZZLE * tiles_m)
@@ -87,8 +89,8 @@ def _align_tile(
     first_n = (band * SWIZZLE + inside % height) * BLOCK_N
     first_m = (inside // height) * BLOCK_M
 
-    # Addresses: a 64-bit origin per tile, 32-bit offsets within it.  Rows past the end re-read the last
-    # one, which costs no mask, and are not stored.
+    # Addresses: a 64-bit origin per tile, 32-bit offsets within it.  Rows past the end re-read the
+    # last one, which costs no mask, and are not stored.
     col = tl.arange(0, BLOCK_K)
     row_n = tl.minimum(tl.arange(0, BLOCK_N), rows - 1 - first_n)
     row_m = tl.minimum(tl.arange(0, BLOCK_M), outputs - 1 - first_m)
@@ -190,8 +192,8 @@ def _align_kernel(
 
 def _tuned(tiles: Sequence[tuple[int, int, int, int, int]]) -> triton.runtime.KernelInterface:
     configs = [
-        triton.Config({"BLOCK_N": n, "BLOCK_M": m, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
-        for n, m, k, warps, stages in tiles
+        triton.Config({"BLOCK_N": n, "BLOCK_M": m, "BLOCK_K": k}, num_warps=w, num_stages=s)
+        for n, m, k, w, s in tiles
     ]
     return autotune(configs, key=["width", "outputs", "rows"])(_align_kernel)
 
@@ -277,7 +279,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     def spec(dtype: torch.dtype, grouped: bool) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
-        # The widest half tile needs accumulators outside the register file, or Hopper's two warp groups.
+        # The widest tile wants Hopper's asynchronous products or Blackwell's tensor memory.
         roomy = target.name in ("sm_90", "sm_100")
         tiles = _FLOAT_TILES if wide else _HALF_TILES[0 if roomy else 1 :]
         n, m, k, warps, stages = tiles[0]

@@ -1,15 +1,15 @@
 """Gather, subtract, interpolate, normalise and cast activation rows: one read, one write.
 
 ``out[offset + n] = cast(unit?(s·((1−λ)(value − minus) + λ(other − other_minus))[index[n]]))``.  A
-program holds its rows in registers between the read and the write, so the norm costs no second read.
-With ``normalize`` the rows are scaled by powers of two before squaring; a positive ``s`` then cancels.
+program holds its rows in registers between the read and the write, so the norm costs no second
+read. With ``normalize`` the rows are scaled by powers of two before squaring; a positive ``s``
+then cancels.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -128,7 +128,7 @@ def capture_rows(
     target = out[offset : offset + rows]
     prescale = 1.0
     if normalize:
-        # A quarter keeps differences of the largest floats finite; only the sign of the scale is left.
+        # A quarter keeps differences of the largest floats finite.  Of the scale the sign is left.
         prescale = 1.0 if minus is None and other is None else 0.25
         scale = math.copysign(1.0, scale) if scale else 0.0
     block_n, block_d = _tile(width)

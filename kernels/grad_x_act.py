@@ -1,9 +1,9 @@
 """Σ g·a and Σ |g·a| per example, in one pass over both tensors.
 
-Gradient and activation are (B, T, D).  An example's T·D elements are contiguous, so the kernel sees
-(B, T·D): program (b, s) walks slice s of example b, adds up in float32 registers and writes one partial
-pair.  The (B, slices, 2) partials are summed afterwards; there are no atomics, so results repeat bit for
-bit.
+Gradient and activation are (B, T, D).  An example's T·D elements are contiguous, so the kernel
+sees (B, T·D): program (b, s) walks slice s of example b, adds up in float32 registers and writes
+one partial pair.  The (B, slices, 2) partials are summed afterwards; there are no atomics, so
+results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _examples(x: Tensor) -> Tensor:
 def grad_x_act(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     """Σ g·a and Σ |g·a| per example: (B, T, D) twice -> (B,), (B,) in float32.
 
-    Where products of both signs exceed float32's range the signed sum is undefined and comes back as 0;
-    the absolute sum is then inf.
+    Where products of both signs exceed float32's range the signed sum is undefined and comes back
+    as 0; the absolute sum is then inf.
     """
     examples, count = gradient.shape[0], gradient.shape[1] * gradient.shape[2]
     if examples == 0 or count == 0:

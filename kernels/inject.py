@@ -1,13 +1,13 @@
 """W += s·B·A in place over a list of matrices, in one launch and with one rounding.
 
-Programs walk the tiles of all matrices through a table of addresses, shapes and strides.  A tile of W is
-read once, the product of its slices of B and A added in float32, and written once; the bits it held go
-to the backup on the way.  For a transposed weight (Conv1D) the factors trade places, which is only a
-matter of strides.
+Programs walk the tiles of all matrices through a table of addresses, shapes and strides.  A tile
+of W is read once, the product of its slices of B and A added in float32, and written once; the
+bits it held go to the backup on the way.  For a transposed weight (Conv1D) the factors trade
+places, which is only a matter of strides.
 
 **Stochastic rounding.**  Element (i, j) of matrix g, as stored, draws output word ``j % 4`` of
-Philox-4x32-10 with key (seed low, seed high) and counter (j // 4, i, g, 0).  With x = lo + f·(hi − lo)
-between neighbours of the storage dtype, |lo| <= |x| < |hi|, the element becomes hi when
+Philox-4x32-10 with key (seed low, seed high) and counter (j // 4, i, g, 0).  With x = lo + f·(hi −
+lo) between neighbours of the storage dtype, |lo| <= |x| < |hi|, the element becomes hi when
 ``(word >> 8) / 2²⁴ < f`` and lo otherwise: right on average, and the same bits on every device.
 
 The launch is not autotuned: timing it would add the delta more than once.
@@ -38,8 +38,8 @@ from ._common import (
 _BLOCK_I, _BLOCK_J, _WARPS = 64, 128, 8
 
 # A matrix in the table: addresses of W, its backup and both factors; W's rows and columns, rank,
-# position in the list; strides of W's rows, the backup's rows, (i, r) of the left factor and (r, j) of
-# the right one.
+# position in the list; strides of W's rows, the backup's rows, (i, r) of the left factor and (r,
+# j) of the right one.
 _TABLE_FIELDS = 14
 _FIELDS = tl.constexpr(_TABLE_FIELDS)
 
@@ -57,25 +57,25 @@ def _words(seed, position, row, block, BLOCK_I: tl.constexpr, BLOCK_J: tl.conste
 
 
 @triton.jit
-def _round_stochastically(x, words, DTYPE: tl.constexpr):
-    """float32 ``x`` to one of its two neighbours in bf16 or f16, exactly representable in float32."""
+def _round_stochastically(x, words, dtype: tl.constexpr):
+    """float32 ``x`` to one of its two neighbours in ``dtype`` (bf16 or f16), still in float32."""
     uniform = (words >> 8).to(tl.int32).to(tl.float32) * (1.0 / 16777216)
     bits = x.to(tl.int32, bitcast=True)
-    if DTYPE == tl.bfloat16:
-        DROPPED: tl.constexpr = 16
+    exponent = bits & 0x7F800000
+    if dtype == tl.bfloat16:
+        fraction = (bits & 0xFFFF).to(tl.float32) * (1.0 / 65536)
+        rounded = (bits & -65536) + tl.where(uniform < fraction, 65536, 0)
+        rounded = rounded.to(tl.float32, bitcast=True)
     else:
-        DROPPED: tl.constexpr = 13
-    STEP: tl.constexpr = 1 << DROPPED
-    fraction = (bits & (STEP - 1)).to(tl.float32) * (1.0 / STEP)
-    rounded = (bits & -STEP) + tl.where(uniform < fraction, STEP, 0)
-    rounded = rounded.to(tl.float32, bitcast=True)
-    if DTYPE == tl.float16:  # below 2⁻¹⁴ its neighbours are 2⁻²⁴ apart
-        steps = tl.abs(x) * 16777216
+        # Neighbours are 2^(e-10) apart, and 2^-24 where float16 is subnormal.
+        spacing = tl.maximum(exponent - (10 << 23), (127 - 24) << 23)
+        inverse = ((254 << 23) - spacing).to(tl.float32, bitcast=True)
+        steps = tl.abs(x) * inverse
         low = tl.floor(steps)
-        small = (low + tl.where(uniform < steps - low, 1.0, 0.0)) * (1.0 / 16777216)
-        rounded = tl.where(tl.abs(x) < 0.00006103515625, tl.where(x < 0, -small, small), rounded)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    return tl.where(finite, rounded, x)
+        low += tl.where(uniform < steps - low, 1.0, 0.0)
+        magnitude = low * spacing.to(tl.float32, bitcast=True)
+        rounded = tl.where(bits < 0, -magnitude, magnitude)
+    return tl.where(exponent == 0x7F800000, x, rounded)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -169,7 +169,7 @@ def _launch(
     unchanged: Tensor,
     seed: int | None,
 ) -> None:
-    """One launch over matrices of equal dtypes on one device; ``left`` (rows, r), ``right`` (r, columns)."""
+    """One launch over matrices of equal dtypes on one device; W += s·left·right."""
     like = weights[0]
     kept = backups or weights
     entries = [
@@ -183,7 +183,9 @@ def _launch(
         x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0 and x.shape[1] % 16 == 0
         for x in (*weights, *kept)
     )
-    tiles = sum(triton.cdiv(w.shape[0], _BLOCK_I) * triton.cdiv(w.shape[1], _BLOCK_J) for w in weights)
+    tiles = sum(
+        triton.cdiv(w.shape[0], _BLOCK_I) * triton.cdiv(w.shape[1], _BLOCK_J) for w in weights
+    )
     ranks = triton.next_power_of_2(max(p.shape[1] for p in left))
     factor = left[0].dtype
     with device_of(like):
@@ -216,11 +218,11 @@ def inject_(
     backups: Sequence[Tensor],
     seed: int | None,
 ) -> Tensor:
-    """Add s·B·A to every weight in place; returns how many elements of each kept their value (int64).
+    """Add s·B·A to every weight in place; returns how many elements of each kept their value.
 
-    weight (out, in), or (in, out) where ``transposed``; lora_a (r, in), lora_b (out, r).  ``backups``
-    (one per weight, or none at all) receive the old bits.  With ``seed`` 16-bit weights are rounded
-    stochastically.
+    weight (out, in), or (in, out) where ``transposed``; lora_a (r, in), lora_b (out, r).
+    ``backups`` (one per weight, or none at all) receive the old bits.  With ``seed`` 16-bit
+    weights are rounded stochastically.
     """
     if not weights:
         return torch.zeros(0, dtype=torch.int64)

@@ -1,8 +1,9 @@
 """cos(x_n, y_n) per row with both gradients, from one pass over both operands.
 
-c = x·y / (‖x‖‖y‖),  ∂c/∂x = (y/‖y‖ − c·x/‖x‖) / ‖x‖ and likewise for y.  A program holds its rows in
-registers, so each operand is read once and each wanted gradient written once.  Rows are scaled by a
-power of two near their largest element before anything is squared: no norm is too large or too small.
+c = x·y / (‖x‖‖y‖),  ∂c/∂x = (y/‖y‖ − c·x/‖x‖) / ‖x‖ and likewise for y.  A program holds its rows
+in registers, so each operand is read once and each wanted gradient written once.  Rows are scaled
+by a power of two near their largest element before anything is squared: no norm is too large or
+too small.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    STORAGE,
     KernelSpec,
     Target,
     autotune,
@@ -96,8 +96,8 @@ def row_cosine_with_grad(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines (N,) in float32 of the rows of x and y (N, D), and their gradients in x and y.
 
-    ``grad_x`` and ``grad_y`` say which gradients to write (N, D, in the operand's dtype); the others
-    come back empty.  A zero row has cosine 0 and no gradient.
+    ``grad_x`` and ``grad_y`` say which gradients to write (N, D, in the operand's dtype); the
+    others come back empty.  A zero row has cosine 0 and no gradient.
     """
     rows, width = x.shape
     cosines = x.new_zeros(rows, dtype=torch.float32)
