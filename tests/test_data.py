@@ -203,6 +203,8 @@ def test_moved_system_turn_without_any_marker():
     (example,) = encode([row], tokenizer)
     assert example.text.startswith("user: Is it C\nor a\nb?\nassistant: a\nuser: Be brief. and?")
     assert [turn.strip() for turn in turns(tokenizer, example)] == ["a", "b"]
+    first = next(t for t, label in enumerate(example.labels) if label != IGNORE_INDEX)
+    assert example.text[: example.offsets[first][0]].endswith("assistant:")
 
 
 @pytest.mark.parametrize("make", [toy.byte_level, toy.WordTokenizer])
