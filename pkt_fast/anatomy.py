@@ -26,7 +26,8 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Tap:
     _reader: Callable[[tuple[Any, ...], Mapping[str, Any], Any], TapValue] = field(repr=False)
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> TapValue:
-        """The activation of this call, as a view of the live tensors (nothing is copied)."""
+        """The activation of this call; the live tensors unless the block overwrites them later."""
         return self._reader(args, kwargs, output)
 
 
@@ -124,6 +125,11 @@ class _Source:
     minus: int | str | None  # argument to subtract, by position or name
     flat: bool  # (B*T, D) instead of (B, T, D)
     scale: float = 1.0
+    copy: bool = False  # the block changes this tensor in place after the hook has seen it
+
+    def bare(self) -> _Source:
+        """The tensor itself, as the probe records it."""
+        return replace(self, scale=1.0, copy=False)
 
 
 @dataclass(frozen=True)
@@ -384,6 +390,9 @@ def _tap_source(block: nn.Module, source: _Source) -> Tap:
         if source.flat:
             value = value.view(*grid[-1], -1)
             minus = None if minus is None else minus.view(*grid[-1], -1)
+        if source.copy:
+            value = value.clone()
+            minus = None if minus is None else minus.clone()
         return TapValue(value, minus, source.scale)
 
     tap = Tap(block.get_submodule(source.path), read)
@@ -746,6 +755,7 @@ class _BlockRecord:
     """One block's probe: inner products of its contribution (index 0) and all candidates."""
 
     sources: list[_Source]  # in order of completion
+    overwritten: frozenset[_Source]  # those the block changes after their module returned
     gram: Tensor  # (1 + n, 1 + n) float64
     noise: float  # size of the rounding error in ``out - in``
     stream: Tensor  # the block's input, as passed
@@ -769,14 +779,15 @@ def _record_blocks(
     """One forward that reduces every block to the inner products of what its modules put out."""
     records: list[_BlockRecord] = []
     values: dict[_Source, Tensor] = {}
+    read_again: dict[_Source, Callable[[], Tensor]] = {}
     calls: Counter[str] = Counter()
     final_norm: list[str] = []
     last: list[Tensor] = []
 
     def inside(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls[name] += 1
-        for source, value in _readings(name, args, kwargs, output, survey.width):
-            values[source] = value
+        for source, read in _readings(name, args, kwargs, output, survey.width):
+            values[source], read_again[source] = read(), read
 
     def block_done(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         stream = _stream(args, kwargs, survey.width)[1]
@@ -789,6 +800,7 @@ def _record_blocks(
         records.append(
             _BlockRecord(
                 sources=list(once),
+                overwritten=frozenset(s for s in once if not torch.equal(once[s], read_again[s]())),
                 gram=_inner_products(_exact(out) - _exact(stream), list(once.values())),
                 noise=_noise(stream, out),
                 stream=stream.detach().clone(),
@@ -797,6 +809,7 @@ def _record_blocks(
             )
         )
         values.clear()
+        read_again.clear()
         calls.clear()
         last[:] = [_exact(out)]
 
@@ -825,7 +838,7 @@ def _record_blocks(
 
 def _readings(
     path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, width: int
-) -> Iterator[tuple[_Source, Tensor]]:
+) -> Iterator[tuple[_Source, Callable[[], Tensor]]]:
     """Every (B, T, width) tensor a hook on this call can read, with and without its arguments."""
     items: list[tuple[int | None, Any]] = [(None, output)]
     if isinstance(output, (tuple, list)):
@@ -834,12 +847,16 @@ def _readings(
         if not _token_rows(item, width):
             continue
         flat = item.dim() == 2
-        value = _exact(item).reshape(_ROWS, _TOKENS, width)
-        yield _Source(path, index, None, flat), value
+        yield _Source(path, index, None, flat), partial(_grid, item, None)
         for key, argument in _arguments(args, kwargs):
             if _token_rows(argument, width) and argument.shape == item.shape:
-                difference = value - _exact(argument).reshape(value.shape)
-                yield _Source(path, index, key, flat), difference
+                yield _Source(path, index, key, flat), partial(_grid, item, argument)
+
+
+def _grid(value: Tensor, minus: Tensor | None) -> Tensor:
+    """``value - minus`` as float64 (B, T, D)."""
+    exact = _exact(value) if minus is None else _exact(value) - _exact(minus)
+    return exact.reshape(_ROWS, _TOKENS, -1)
 
 
 def _token_rows(value: Any, width: int) -> bool:
@@ -890,16 +907,20 @@ def _explain(records: Sequence[_BlockRecord]) -> _Explanation | None:
             scales = _least_squares(gram, chosen)
             if scales is not None:
                 scaled.append((_residual(gram, chosen, scales), chosen, scales))
-    best = _simplest(units)
-    free = _simplest(scaled)
+    best = _simplest(units, epsilon / 8)
+    free = _simplest(scaled, epsilon / 8)
     # A free scale must earn itself: it wins only where scale one is clearly worse.
     if free is not None and (best is None or free[0] < 0.5 * best[0]):
         best = free
     if best is None or best[0] > tolerance:
         return None
     residual, chosen, scales = best
-    order = sorted(zip(chosen, scales, strict=True))
-    return _Explanation(tuple(_scaled(shared[i - 1], scale) for i, scale in order), residual)
+    overwritten = frozenset[_Source]().union(*(record.overwritten for record in records))
+    found = [(shared[i - 1], scale) for i, scale in sorted(zip(chosen, scales, strict=True))]
+    return _Explanation(
+        tuple(replace(s, scale=_short(scale), copy=s in overwritten) for s, scale in found),
+        residual,
+    )
 
 
 def _restricted(record: _BlockRecord, shared: Sequence[_Source]) -> Tensor:
@@ -951,24 +972,18 @@ def _least_squares(gram: Tensor, chosen: Sequence[int]) -> tuple[float, ...] | N
 
 
 def _simplest(
-    found: Sequence[tuple[float, tuple[int, ...], tuple[float, ...]]],
+    found: Sequence[tuple[float, tuple[int, ...], tuple[float, ...]]], rounding: float
 ) -> tuple[float, tuple[int, ...], tuple[float, ...]] | None:
-    """The first (fewest terms, most preferred) of those about as good as the best one."""
+    """The first (fewest terms, most preferred) of those as good as the best, up to rounding."""
     if not found:
         return None
     best = min(entry[0] for entry in found)
-    return next(entry for entry in found if entry[0] <= 2 * best)
-
-
-def _scaled(source: _Source, scale: float) -> _Source:
-    short = float(f"{scale:.4g}")  # 0.22, not 0.2200000123
-    scale = short if abs(short - scale) < 1e-5 * abs(scale) else scale
-    return _Source(source.path, source.index, source.minus, source.flat, scale)
+    return next(entry for entry in found if entry[0] <= max(2 * best, rounding))
 
 
 def _holds(record: _BlockRecord, explanation: _Explanation) -> bool:
     """Whether an explanation found on all blocks of a kind is right for this one."""
-    bare = [_Source(s.path, s.index, s.minus, s.flat) for s in explanation.sources]
+    bare = [source.bare() for source in explanation.sources]
     position = {source: i + 1 for i, source in enumerate(record.sources)}
     index = torch.tensor([0] + [position[source] for source in bare])
     weights = torch.tensor([-1.0, *(s.scale for s in explanation.sources)], dtype=torch.float64)
@@ -1080,7 +1095,7 @@ def _projection(record: _BlockRecord, tap: _Source) -> str | None:
     if tap.scale != 1.0:
         return None
     position = {source: i + 1 for i, source in enumerate(record.sources)}
-    wanted = position[tap]
+    wanted = position[tap.bare()]
     for path, _, _ in record.linears:
         own = next((s for s in record.sources if s.path == path and s.minus is None), None)
         if own is not None and _same(record.gram, wanted, position[own]):
@@ -1180,7 +1195,7 @@ def _check_resume(
 def _probe_head(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> HeadTransform:
     """Feed known values out of the head and fit scale and softcap to what the model returns."""
     rows = _weight_of(head).shape[0]
-    grid = torch.logspace(-2, 6, rows, dtype=torch.float64)
+    grid = torch.logspace(-2, 4, rows, dtype=torch.float64)
     grid[1::2] *= -1
     fed: list[Tensor] = []
 
@@ -1211,10 +1226,12 @@ def _head_fits(z: Tensor, got: Tensor) -> Iterator[tuple[float, float]]:
     bent = (got.abs() > 0.05 * bound) & (got.abs() < 0.95 * bound)
     if bound > 0 and bool(bent.any()):
         softcap = _short(bound)
+        yield 1.0, softcap  # before the measured one, which is rough in 16 bits
         scale = (softcap * torch.atanh(got[bent] / softcap) / z[bent]).median()
         yield _short(float(scale)), softcap
 
 
 def _short(value: float) -> float:
+    """0.22 for 0.2200000123: configs hold short numbers, the probe measures long ones."""
     short = float(f"{value:.4g}")
     return short if abs(short - value) < 1e-5 * abs(value) else value
