@@ -1,0 +1,140 @@
+"""Models and tokenizers from objects, paths and hub ids, with one clear line when that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ConfigError, ModelError
+
+
+def resolve_device(device: str) -> torch.device:
+    """'auto' is the first GPU, or the CPU.  Raises :class:`ConfigError` for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={device!r} cannot be used: {reason}") from error
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype | None:
+    """The dtype models are loaded in; None keeps each checkpoint's own.
+
+    'auto' keeps the checkpoint's on a GPU and on CPUs that multiply bfloat16 in hardware, and takes
+    float32 on other CPUs, where bfloat16 would be slower and less exact.
+    """
+    if dtype != "auto":
+        resolved: torch.dtype = getattr(torch, dtype)
+        return resolved
+    return torch.float32 if device.type == "cpu" and not _cpu_multiplies_bfloat16() else None
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def load_model(
+    model: nn.Module | str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    role: str = "model",
+) -> nn.Module:
+    """Return ``model`` itself, or load a decoder-only model from a path or hub id (on the CPU).
+
+    A model given as an object keeps its dtype.  Raises :class:`ModelError` naming ``role`` and what
+    could not be loaded.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = str(model)
+    _check_path(name, role)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"cannot load the {role} {name}: {_first_line(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"the {role} {name} is an encoder-decoder model ({config.model_type}); "
+            "pkt_fast works on decoder-only language models"
+        )
+    try:
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except Exception as error:
+        raise ModelError(f"cannot load the {role} {name}: {_first_line(error)}") from error
+    return loaded.eval()
+
+
+def load_tokenizer(
+    source: nn.Module | str | Path, *, trust_remote_code: bool = False, role: str = "model"
+) -> Any:
+    """The tokenizer that lies with a model.  Raises :class:`ModelError` when there is none."""
+    from transformers import AutoTokenizer
+
+    name = getattr(source, "name_or_path", "") if isinstance(source, nn.Module) else str(source)
+    if not name:
+        raise ModelError(f"the {role} was given as an object without a path: pass tokenizer=")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"cannot load a tokenizer of the {role} from {name}: {_first_line(error)}"
+        ) from error
+
+
+def load_tokenizers(
+    tokenizer: Any, src: Any, tgt: Any, *, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """(source tokenizer, target tokenizer) from what the user gave: one for both, a pair, or None."""
+    if isinstance(tokenizer, Sequence) and not isinstance(tokenizer, str):
+        if len(tokenizer) != 2:
+            raise ConfigError(f"tokenizer: give one, or a pair (source, target), not {len(tokenizer)}")
+        pair = tuple(tokenizer)
+    else:
+        pair = (tokenizer, tokenizer)
+    options = {"trust_remote_code": trust_remote_code}
+
+    def resolved(given: Any, model: Any, role: str) -> Any:
+        if given is None:
+            return load_tokenizer(model, role=role, **options)
+        if isinstance(given, str | Path):
+            return load_tokenizer(given, role=role, **options)
+        return given
+
+    return resolved(pair[0], src, "source"), resolved(pair[1], tgt, "target")
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """A token to pad with; padding carries no attention and no loss, so any will do."""
+    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
+        value = getattr(tokenizer, name, None)
+        if value is not None:
+            return int(value)
+    return 0
+
+
+def _check_path(name: str, role: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ModelError(f"the {role} {name} does not exist; give a model directory or a hub id")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,231 @@
+"""The two frozen passes of a transfer: each model sees the data once, and only rows are kept.
+
+Source pass: run the source up to its deepest captured layer, keep the supervised positions, map them
+into the target's space at once.  Target pass: run the frozen blocks below the first steered layer and
+keep that layer's input for every real token.  Training then needs neither again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy
+from .capture import Wanted, check_finite, record
+from .data import Batch, Example, ExampleSet, collate
+from .stores import (
+    ActivationStore,
+    ColumnSpec,
+    memory_store,
+    open_directory_store,
+    store_bytes,
+    writing_directory_store,
+)
+
+HEAD = "head"
+INPUT = "input"
+
+Advance = Callable[[int], None]
+RowMap = Callable[[Tensor], Tensor]
+
+
+def layer_column(target_layer: int) -> str:
+    """Name of the column that steers ``target_layer``."""
+    return f"layer{target_layer}"
+
+
+# --------------------------------------------------------------------------- where stores live
+
+
+@dataclass(frozen=True)
+class StorePlace:
+    """Where stores are made: in memory while they fit ``budget_bytes``, else in a directory.
+
+    ``directory`` None spills to a temporary directory, deleted with the store.
+    """
+
+    directory: Path | None
+    budget_bytes: float
+
+    @classmethod
+    def of(cls, store: str, budget_gb: float) -> StorePlace:
+        """From the settings ``store`` and ``store_budget_gb``."""
+        return cls(None if store == "memory" else Path(store), budget_gb * 1e9)
+
+    def filled(
+        self,
+        kind: str,
+        counts: Sequence[int],
+        order: Sequence[int],
+        columns: Mapping[str, ColumnSpec],
+        fingerprint: Mapping[str, Any],
+        fill: Callable[[ActivationStore], None],
+    ) -> ActivationStore:
+        """The store that ``fill`` writes, or one written under the same fingerprint before."""
+        if self.directory is None and store_bytes(counts, columns) <= self.budget_bytes:
+            store = memory_store(counts, order, columns)
+            fill(store)
+            store.check_complete()
+            return store
+        directory = self.directory or Path(tempfile.mkdtemp(prefix="pkt_fast_store_"))
+        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+        path = directory / f"{kind}-{digest}"
+        known = open_directory_store(path, fingerprint)
+        if known is None:
+            with writing_directory_store(path, counts, order, columns, fingerprint) as known:
+                fill(known)
+        if self.directory is None:
+            weakref.finalize(known, shutil.rmtree, directory, ignore_errors=True)
+        return known
+
+
+# --------------------------------------------------------------------------- source pass
+
+
+@dataclass(frozen=True)
+class AlignedPositions:
+    """Which source position answers each supervised target position, example by example.
+
+    ``positions[i]`` lists source token positions, one per supervised position of target example i.
+    """
+
+    examples: Sequence[Example]
+    positions: Sequence[Sequence[int]]
+
+    @classmethod
+    def same(cls, examples: ExampleSet) -> AlignedPositions:
+        """Source and target tokenise alike: the supervised positions themselves."""
+        return cls(examples, [supervised_positions(example) for example in examples])
+
+
+def supervised_positions(example: Example) -> list[int]:
+    """Positions whose next token carries loss."""
+    return [t for t, label in enumerate(example.labels[1:]) if label != -100]
+
+
+def longest_first(examples: Sequence[Example]) -> list[int]:
+    """Processing order: like lengths together, the largest batch (and any lack of memory) first."""
+    return sorted(range(len(examples)), key=lambda i: (-len(examples[i]), i))
+
+
+def processing_batches(
+    examples: Sequence[Example], order: Sequence[int], batch_size: int, pad_token_id: int
+) -> Iterator[Batch]:
+    """Padded batches in processing order."""
+    for start in range(0, len(order), batch_size):
+        yield collate(examples, order[start : start + batch_size], pad_token_id=pad_token_id)
+
+
+def run_source(
+    model: nn.Module,
+    aligned: AlignedPositions,
+    wanted: Sequence[Wanted],
+    interface: str,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    with_head: bool,
+    advance: Advance = lambda tokens: None,
+    order: Sequence[int] | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Run ``model`` over all examples; yield the wanted rows batch by batch, in processing order.
+
+    Columns are ``layer<k>`` for every wanted key k and, with ``with_head``, the head's input.  Without
+    it the model stops after its deepest wanted layer.  Raises
+    :class:`~pkt_fast.errors.NumericsError` naming the layer whose rows are not finite.
+    """
+    anatomy = Anatomy.of(model)
+    device = anatomy.head.weight.device
+    deepest = max((layer for want in wanted for layer in want.layers), default=-1)
+    order = longest_first(aligned.examples) if order is None else order
+    with torch.inference_mode(), record(model, wanted, interface) as acts:
+        for number, batch in enumerate(
+            processing_batches(aligned.examples, order, batch_size, pad_token_id)
+        ):
+            mask, pick = _position_mask(batch, aligned.positions)
+            acts.positions = mask.to(device)
+            inputs = {**batch.to(device).model_inputs(), "use_cache": False}
+            rows: dict[str, Tensor] = {}
+            if with_head:
+                with anatomy.bypass_head() as head_input:
+                    anatomy.model(**inputs)
+                rows[HEAD] = head_input.hidden[acts.positions]
+            else:
+                anatomy.run_until(deepest, **inputs)
+            rows |= {layer_column(key): value for key, value in acts.take().items()}
+            if pick is not None:
+                rows = {name: value[pick.to(device)] for name, value in rows.items()}
+            for name, value in rows.items():
+                check_finite(value, f"source activations for {name} in batch {number}")
+            yield rows
+            advance(batch.num_tokens)
+
+
+def _position_mask(
+    batch: Batch, positions: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor | None]:
+    """Mask (B, T) of the positions to keep, and how to repeat kept rows where one serves several."""
+    mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
+    picks: list[int] = []
+    kept = 0
+    for row, example in enumerate(batch.rows):
+        unique = sorted(set(positions[example]))
+        mask[row, unique] = True
+        place = {position: kept + i for i, position in enumerate(unique)}
+        picks += [place[position] for position in positions[example]]
+        kept += len(unique)
+    identity = picks == list(range(kept))
+    return mask, None if identity else torch.tensor(picks)
+
+
+# --------------------------------------------------------------------------- target pass
+
+
+def run_prefix(
+    model: nn.Module,
+    examples: ExampleSet,
+    first: int,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    advance: Advance = lambda tokens: None,
+) -> Iterator[dict[str, Tensor]]:
+    """Run the blocks below ``first``; yield that block's input for all real tokens, batch by batch."""
+    anatomy = Anatomy.of(model)
+    device = anatomy.head.weight.device
+    order = longest_first(examples)
+    with torch.inference_mode():
+        for batch in processing_batches(examples, order, batch_size, pad_token_id):
+            batch = batch.to(device)
+            stream = block_input(anatomy, first, batch)
+            yield {INPUT: stream[batch.attention_mask.bool()]}
+            advance(batch.num_tokens)
+
+
+def block_input(anatomy: Anatomy, layer: int, batch: Batch) -> Tensor:
+    """The input (B, T, D) of block ``layer`` (at least 1) for a batch; the block itself does not run."""
+    caught: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(anatomy.block_input(args, kwargs))
+
+    with anatomy.stop_after(layer - 1):
+        # Registered after the hook that stops the pass and prepended, so it runs just before that.
+        handle = anatomy.layers[layer].register_forward_pre_hook(
+            hook, with_kwargs=True, prepend=True
+        )
+        try:
+            anatomy.model(**batch.model_inputs(), use_cache=False)
+        finally:
+            handle.remove()
+    return caught[0]

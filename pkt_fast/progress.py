@@ -1,0 +1,49 @@
+"""Progress bars by phase on the terminal; silent when asked to be, or when stderr is not a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .report import Clock
+
+Update = Callable[[int, str], None]
+
+
+@dataclass
+class Phases:
+    """Times every phase and, when ``visible``, shows a bar for it."""
+
+    visible: bool = True
+    clock: Clock = field(default_factory=Clock)
+    console: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Update]:
+        """Time a phase of ``total`` tokens or steps; the yielded call advances it and sets a note."""
+        columns = (
+            TextColumn("{task.description:<16}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        shown = self.visible and self.console.is_terminal
+        with (
+            self.clock.phase(name),
+            Progress(*columns, console=self.console, disable=not shown) as bar,
+        ):
+            task = bar.add_task(name, total=total, note="")
+            yield lambda done, note="": bar.update(task, advance=done, note=note)

@@ -1,0 +1,356 @@
+"""Steering: train the paired target layers' LoRA on the tail of the target model.
+
+Only the blocks from the first steered layer upwards run.  Blocks below are frozen; their output was
+stored once (:mod:`pkt_fast.phases`), so no graph and no computation happens there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Anatomy
+from .config import TransferConfig
+from .data import IGNORE_INDEX, Batch, ExampleSet, batch_indices, collate
+from .errors import NumericsError
+from .objectives import Rows, WeightedTerm
+from .phases import INPUT
+from .stores import ActivationStore, prefetched
+
+Record = dict[str, float | int]
+OnStep = Callable[[Record], None]
+
+
+# --------------------------------------------------------------------------- the adapter
+
+
+def attach_lora(model: nn.Module, layers: Sequence[int], config: TransferConfig) -> nn.Module:
+    """Wrap ``model`` in PEFT with LoRA on the linear modules of ``layers`` only.
+
+    ``config.target_modules`` names them; by default they are the paper's up, down, value and output
+    projections.  The initialisation depends on ``config.seed`` alone.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    anatomy = Anatomy.of(model)
+    names = [n for layer in layers for n in anatomy.lora_targets(layer, config.target_modules)]
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=names,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=_transposed(anatomy.model, names),
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        wrapped: nn.Module = get_peft_model(model, lora)  # type: ignore[arg-type]
+    return wrapped
+
+
+def _transposed(model: nn.Module, names: Sequence[str]) -> bool:
+    return any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names)
+
+
+def adapter_parameters(model: nn.Module, layers: Sequence[int]) -> list[nn.Parameter]:
+    """The LoRA parameters inside blocks ``layers``."""
+    blocks = Anatomy.of(model).layers
+    return [
+        parameter
+        for layer in layers
+        for name, parameter in blocks[layer].named_parameters()
+        if "lora_" in name
+    ]
+
+
+# --------------------------------------------------------------------------- micro-batches
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Everything a forward pass of the tail needs, on the model's device.
+
+    Attributes:
+        batch: padded ids, mask and labels.
+        hidden: input of the first steered block (B, T, D), or None to start at the embeddings.
+        index: flat positions (b·T + t) of the supervised rows.
+        labels: (N,) the token each row predicts.
+        starts: (S + 1,) offsets of the sequences among the rows.
+        supervision: stored rows (N, ·) by column.
+    """
+
+    batch: Batch
+    hidden: Tensor | None
+    index: Tensor
+    labels: Tensor
+    starts: Tensor
+    supervision: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """Builds micro-batches from the stores, ahead of the training loop, in a thread."""
+
+    examples: ExampleSet
+    supervision: ActivationStore | None
+    inputs: ActivationStore | None
+    device: torch.device
+    pad_token_id: int
+    dtype: torch.dtype
+
+    def stream(self, plan: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+        """Micro-batches for ``plan``, a list of example lists."""
+        return prefetched(self.build(examples) for examples in plan)
+
+    def build(self, examples: Sequence[int]) -> MicroBatch:
+        """One micro-batch, copied to the device without waiting where the device allows it."""
+        batch = collate(self.examples, examples, pad_token_id=self.pad_token_id)
+        targets = batch.targets.flatten()
+        index = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
+        counts = batch.supervised.sum(1)
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        supervision = {} if self.supervision is None else {
+            name: self._move(self.supervision.rows(name, examples))
+            for name in self.supervision.columns
+        }
+        return MicroBatch(
+            batch.to(self.device, non_blocking=True),
+            self._padded(batch, examples),
+            self._move(index),
+            self._move(targets[index]),
+            self._move(starts),
+            supervision,
+        )
+
+    def _padded(self, batch: Batch, examples: Sequence[int]) -> Tensor | None:
+        if self.inputs is None:
+            return None
+        rows = self.inputs.rows(INPUT, examples)
+        hidden = rows.new_zeros(*batch.input_ids.shape, rows.shape[-1])
+        hidden[batch.attention_mask.bool()] = rows
+        return self._move(hidden).to(self.dtype)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+
+# --------------------------------------------------------------------------- the tail
+
+
+@dataclass(eq=False)
+class Tail:
+    """The target from block ``first`` up, read at the steered ``layers``."""
+
+    model: nn.Module
+    first: int
+    layers: Sequence[int]
+    interface: str
+    needs_head: bool
+    anatomy: Anatomy = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.anatomy = Anatomy.of(self.model)
+
+    def rows(self, micro: MicroBatch) -> Rows:
+        """Run the tail on a micro-batch and keep the supervised rows, with their graph."""
+        values: dict[int, Tensor] = {}
+        inputs = {**micro.batch.model_inputs(), "use_cache": False}
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(self._reading(layer, values))
+            if micro.hidden is not None:
+                stack.enter_context(self.anatomy.resume_at(self.first, micro.hidden))
+            if self.needs_head:
+                head_input = stack.enter_context(self.anatomy.bypass_head())
+                self.anatomy.model(**inputs)
+                head = _pick(head_input.hidden, micro.index)
+            else:
+                head = None
+                self.anatomy.run_until(max(self.layers), **inputs)
+        return Rows(
+            {layer: _pick(value, micro.index) for layer, value in values.items()},
+            head,
+            micro.labels,
+            micro.starts,
+            micro.supervision,
+        )
+
+    @contextlib.contextmanager
+    def _reading(self, layer: int, values: dict[int, Tensor]) -> Iterator[None]:
+        tap = self.anatomy.tap(layer, self.interface)
+
+        def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            values[layer] = tap.read(args, kwargs, output).tensor()
+
+        handle = tap.module.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _pick(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.flatten(0, 1).index_select(0, index)
+
+
+# --------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimiser step: its micro-batches (example indices) and where it stands."""
+
+    epoch: int
+    micro: tuple[tuple[int, ...], ...]
+
+
+def plan_steps(lengths: Sequence[int], config: TransferConfig) -> list[StepPlan]:
+    """Every optimiser step of training, decided by the seed alone."""
+    steps = []
+    for epoch in range(config.epochs):
+        for indices in batch_indices(
+            lengths, config.batch_size, seed=config.seed, epoch=epoch, bucket=config.bucket
+        ):
+            ordered = sorted(indices, key=lambda i: (-lengths[i], i))
+            micro = tuple(
+                tuple(ordered[start : start + config.micro_batch_size])
+                for start in range(0, len(ordered), config.micro_batch_size)
+            )
+            steps.append(StepPlan(epoch, micro))
+    return steps
+
+
+def learning_rate_factor(step: int, steps: int, config: TransferConfig) -> float:
+    """Multiplier of the learning rate at ``step`` (0-based) of ``steps``: warm-up, then decay."""
+    warmup = math.ceil(config.warmup_fraction * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    decay = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return decay[config.learning_rate_schedule]
+
+
+def train(
+    tail: Tail,
+    loader: Loader,
+    terms: Sequence[WeightedTerm],
+    parameters: Sequence[nn.Parameter],
+    config: TransferConfig,
+    *,
+    on_step: OnStep = lambda record: None,
+    first_step: int = 0,
+) -> list[Record]:
+    """Minimise the weighted terms over ``parameters``; one record a step.
+
+    Losses stay on the device and are read every ``config.log_every`` steps.  Raises
+    :class:`NumericsError` naming the step and the term when a loss is not finite.
+    """
+    steps = plan_steps(loader.examples.lengths, config)
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=loader.device.type == "cuda",
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, len(steps), config)
+    )
+    counts = [example.num_supervised for example in loader.examples]
+    log = _LossLog(steps, first_step, config.log_every, on_step)
+    stream = loader.stream([micro for step in steps for micro in step.micro])
+    tail.model.train(config.dropout > 0)
+    with _seeded(config.seed), contextlib.closing(stream):  # type: ignore[type-var]
+        for number, step in enumerate(steps):
+            units = _units(step, counts)
+            sums: dict[str, Tensor] = {}
+            for _ in step.micro:
+                rows = tail.rows(next(stream))
+                _backward(terms, rows, units, sums)
+            if config.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step()
+            log.add(number, sums, rate, units["rows"])
+    tail.model.eval()
+    return log.finish()
+
+
+def _units(step: StepPlan, counts: Sequence[int]) -> dict[str, int]:
+    examples = [i for micro in step.micro for i in micro]
+    return {"rows": sum(counts[i] for i in examples), "sequences": len(examples)}
+
+
+def _backward(
+    terms: Sequence[WeightedTerm], rows: Rows, units: dict[str, int], sums: dict[str, Tensor]
+) -> None:
+    """Back-propagate one micro-batch's share of the step's mean losses, and add up their values."""
+    total: Tensor | None = None
+    for term in terms:
+        share = term.term(rows).sum() / units["sequences" if term.per_sequence else "rows"]
+        weighted = term.weight * share
+        total = weighted if total is None else total + weighted
+        shown = weighted if term.name == "layer_loss" else share
+        sums[term.name] = sums.get(term.name, 0) + shown.detach()
+    assert total is not None
+    total.backward()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Dropout draws from the seed; the caller's random state is untouched."""
+    state = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+    random.setstate(state)
+
+
+class _LossLog:
+    """Collects losses on the device and reads them in groups."""
+
+    def __init__(
+        self, steps: Sequence[StepPlan], first_step: int, every: int, on_step: OnStep
+    ) -> None:
+        self.steps, self.first_step, self.every, self.on_step = steps, first_step, every, on_step
+        self.records: list[Record] = []
+        self.waiting: list[tuple[int, dict[str, Tensor], float, int]] = []
+
+    def add(self, number: int, sums: dict[str, Tensor], rate: float, rows: int) -> None:
+        self.waiting.append((number, sums, rate, rows))
+        if len(self.waiting) >= self.every:
+            self._read()
+
+    def finish(self) -> list[Record]:
+        self._read()
+        return self.records
+
+    def _read(self) -> None:
+        if not self.waiting:
+            return
+        names = list(self.waiting[0][1])
+        stacked = torch.stack([sums[name].double() for _, sums, _, _ in self.waiting for name in names])
+        values = stacked.reshape(-1, len(names)).tolist()
+        for (number, _, rate, rows), losses in zip(self.waiting, values, strict=True):
+            step = self.first_step + number
+            for name, value in zip(names, losses, strict=True):
+                if not math.isfinite(value):
+                    raise NumericsError(
+                        f"{name} is {value} at step {step}: lower learning_rate or use dtype='float32'"
+                    )
+            record: Record = {"step": step, "epoch": self.steps[number].epoch, "rows": rows}
+            record |= {"learning_rate": rate, **dict(zip(names, losses, strict=True))}
+            self.records.append(record)
+            self.on_step(record)
+        self.waiting.clear()

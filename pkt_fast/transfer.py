@@ -1,0 +1,487 @@
+"""The pipeline: attribute → pair → align → steer → save, in the order of the paper's method section."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._files import atomic_directory, check_output_dir, write_json
+from .anatomy import Anatomy
+from .attribution import attribute
+from .capture import Wanted
+from .config import TransferConfig
+from .data import ExampleSet, encode
+from .delta import LayerDelta
+from .errors import ConfigError
+from .loading import load_model, load_tokenizers, pad_token_id, resolve_device, resolve_dtype
+from .objectives import FrozenHead, needs_source_head, needs_target_head, training_terms
+from .ops import backend
+from .pairing import LayerPair, pair_by_score, source_for
+from .phases import (
+    HEAD,
+    INPUT,
+    AlignedPositions,
+    StorePlace,
+    layer_column,
+    longest_first,
+    processing_batches,
+    run_prefix,
+    run_source,
+)
+from .progress import Phases
+from .report import loss_names, machine, op_backends, peak_memory, versions, write_html
+from .semantics import SemanticMap
+from .steering import (
+    Loader,
+    Record,
+    Tail,
+    adapter_parameters,
+    attach_lora,
+    plan_steps,
+    train,
+)
+from .stores import ActivationStore, model_fingerprint
+from .vocabulary import SharedVocabulary, match_vocabularies, same_tokenization
+
+
+@dataclass
+class TransferResult:
+    """What a transfer made.
+
+    Attributes:
+        model: the target with the adapter attached (a PEFT model), ready to generate.
+        tokenizer: the target's tokenizer.
+        delta: the adapter as a :class:`~pkt_fast.LayerDelta`.
+        pairs: the layer pairs, 0-based.
+        attribution: (L_src,) scores, or None when layers were given.
+        history: one record a step: step, epoch, learning_rate and every loss.
+        report: settings, data, timings by phase, memory, versions, op implementations.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    delta: LayerDelta
+    pairs: list[LayerPair]
+    attribution: Tensor | None
+    history: list[Record]
+    report: dict[str, Any]
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the PEFT adapter, report.json and report.html; all of it appears or nothing does."""
+        with atomic_directory(directory, overwrite=overwrite) as temporary:
+            self.delta.write_into(temporary)
+            write_json(temporary / "report.json", {**self.report, "history": self.history})
+            write_html(temporary / "report.html", self.report, self.history)
+        return Path(directory)
+
+
+def transfer(
+    src: nn.Module | str | os.PathLike[str],
+    tgt: nn.Module | str | os.PathLike[str],
+    data: Any = None,
+    *,
+    tokenizer: Any = None,
+    config: TransferConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    preset: str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **overrides: Any,
+) -> TransferResult:
+    """Move knowledge from ``src`` into ``tgt``: SemAlign (arXiv 2510.24208), by default as published.
+
+    Args:
+        src: source model, a hub id or a path.
+        tgt: target model, a hub id or a path.  A model given as an object is wrapped in place: its
+            LoRA sits in ``result.model``, its own weights do not change.
+        data: JSONL path, list of rows, or datasets.Dataset; rows are {"messages"}, {"prompt",
+            "completion"} or {"text"}.  None takes a small bundled set.
+        tokenizer: one for both models, or a pair (source, target); None loads them from the models'
+            paths.
+        config: settings as a :class:`TransferConfig`, a mapping or a JSON file.
+        preset: named settings to start from ("paper" is the default).
+        output_dir: where to write the PEFT adapter, report.json and report.html.
+        progress: show progress bars when stderr is a terminal.
+        **overrides: single fields of :class:`TransferConfig`.
+
+    Raises:
+        PktFastError: every refusal, with one line that says what is wrong and what to do.
+    """
+    settings = TransferConfig.make(config, preset, **overrides)
+    if output_dir is not None:
+        check_output_dir(output_dir, settings.overwrite)
+    with backend(settings.backend):
+        run = _Run.start(src, tgt, data, tokenizer, settings, progress)
+        result = run.transfer()
+    if output_dir is not None:
+        result.save(output_dir, overwrite=settings.overwrite)
+    return result
+
+
+@dataclass(eq=False)
+class _Run:
+    """One transfer under way: the models, the data and the settings it goes by."""
+
+    config: TransferConfig
+    phases: Phases
+    device: torch.device
+    source: nn.Module
+    target: nn.Module
+    tokenizers: tuple[Any, Any]
+    examples: ExampleSet
+    aligned: AlignedPositions
+    vocabulary: SharedVocabulary
+    owns_source: bool
+    pairs: list[LayerPair] = field(default_factory=list)
+    scores: Tensor | None = None
+
+    @classmethod
+    def start(
+        cls,
+        src: Any,
+        tgt: Any,
+        data: Any,
+        tokenizer: Any,
+        config: TransferConfig,
+        progress: bool,
+    ) -> _Run:
+        """Load everything and check that it fits together, before any work is done."""
+        phases = Phases(progress)
+        device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, device)
+        with phases.phase("load", 1):
+            tokenizers = load_tokenizers(
+                tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
+            )
+            options = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+            source = load_model(src, role="source", **options)
+            target = load_model(tgt, role="target", **options)
+        with phases.phase("read data", 1):
+            examples = encode(data, tokenizers[1], max_length=config.max_length, limit=config.limit)
+        vocabulary = match_vocabularies(
+            Anatomy.of(source).vocab_size, Anatomy.of(target).vocab_size, *tokenizers
+        )
+        _check_layers(config, Anatomy.of(target))
+        return cls(
+            config,
+            phases,
+            device,
+            source.eval(),
+            target.eval(),
+            tokenizers,
+            examples,
+            _aligned_positions(examples, *tokenizers),
+            vocabulary,
+            owns_source=not isinstance(src, nn.Module),
+        )
+
+    def transfer(self) -> TransferResult:
+        """Attribute, pair, align, steer."""
+        self.source.to(self.device)
+        self._pair()
+        mapping = self._map()
+        supervision = self._source_pass(mapping)
+        source_head = None
+        if needs_source_head(self.config):
+            anatomy = Anatomy.of(self.source)
+            source_head = FrozenHead.of(anatomy.head, anatomy.head_transform())
+        self._release_source()
+        self.target.to(self.device)
+        model, history = self._steer(supervision, source_head)
+        delta = LayerDelta.from_peft(model)
+        return TransferResult(
+            model=model,
+            tokenizer=self.tokenizers[1],
+            delta=delta,
+            pairs=self.pairs,
+            attribution=self.scores,
+            history=history,
+            report=self._report(delta, history, mapping, supervision),
+        )
+
+    # ----------------------------------------------------------------- attribute and pair
+
+    def _pair(self) -> None:
+        """Paper, "layer attribution" and "layer pairing"."""
+        source_layers = Anatomy.of(self.source).num_layers
+        target_layers = Anatomy.of(self.target).num_layers
+        chosen = self.config.layers
+        if chosen == "all":
+            chosen = tuple(range(target_layers))
+        if chosen is not None:
+            self.pairs = [source_for(source_layers, target_layers, int(k)) for k in chosen]
+            return
+        picked = self.aligned.examples[: self.config.attribution_examples]
+        order = longest_first(picked)
+        tokens = sum(map(len, picked))
+        with self.phases.phase("attribute", tokens) as update:
+            batches = processing_batches(
+                picked, order, self.config.micro_batch_size, pad_token_id(self.tokenizers[0])
+            )
+
+            def counted() -> Any:
+                for batch in batches:
+                    yield batch
+                    update(batch.num_tokens, "")
+
+            self.scores = attribute(
+                self.source,
+                counted(),
+                interface=self.config.interface,
+                reduction=self.config.reduction,
+            )
+        self.phases.clock.count("attribute", tokens)
+        self.pairs = pair_by_score(
+            source_layers, target_layers, self.scores.tolist(), self.config.num_layers
+        )
+
+    # ----------------------------------------------------------------- align
+
+    def _map(self) -> SemanticMap | None:
+        """Paper, "semantic basis" and "decompose and recompose", folded into one matrix."""
+        if self.config.objective == "none":
+            return None
+        with self.phases.phase("semantic map", 1):
+            return SemanticMap.between(
+                self.source, self.target, self.config.recompose, vocabulary=self.vocabulary
+            ).to(self.device)
+
+    def _source_pass(self, mapping: SemanticMap | None) -> ActivationStore | None:
+        """Run the source once; keep aligned activations, and its head input if a loss needs it."""
+        wanted = [Wanted.of_pair(pair) for pair in self.pairs] if mapping is not None else []
+        with_head = needs_source_head(self.config)
+        if not wanted and not with_head:
+            return None
+        source, target = Anatomy.of(self.source), Anatomy.of(self.target)
+        dtype = target.head.weight.dtype
+        columns = {layer_column(want.key): (target.hidden_size, dtype) for want in wanted}
+        if with_head:
+            columns[HEAD] = (source.hidden_size, source.head.weight.dtype)
+        tokens = sum(map(len, self.aligned.examples))
+
+        def fill(store: ActivationStore) -> None:
+            with self.phases.phase("source pass", tokens) as update:
+                passed = run_source(
+                    self.source,
+                    self.aligned,
+                    wanted,
+                    self.config.interface,
+                    batch_size=self.config.micro_batch_size,
+                    pad_token_id=pad_token_id(self.tokenizers[0]),
+                    with_head=with_head,
+                    advance=lambda done: update(done, ""),
+                )
+                for rows in passed:
+                    store.append(
+                        {n: r if n == HEAD or mapping is None else mapping(r) for n, r in rows.items()}
+                    )
+            self.phases.clock.count("source pass", tokens)
+
+        fingerprint = {
+            "source": model_fingerprint(self.source),
+            "data": self.examples.fingerprint(),
+            "pairs": [[p.target, *p.source, p.weight] for p in self.pairs] if wanted else [],
+            "interface": self.config.interface,
+            "map": _digest(mapping),
+            "columns": sorted(columns),
+        }
+        return self._place().filled(
+            "source",
+            [len(p) for p in self.aligned.positions],
+            longest_first(self.aligned.examples),
+            columns,
+            fingerprint,
+            fill,
+        )
+
+    def _release_source(self) -> None:
+        """Let go of a source this run loaded itself; move a borrowed one off the GPU."""
+        if self.owns_source:
+            self.source = nn.Module()
+            gc.collect()
+        if self.device.type == "cuda":
+            self.source.to("cpu")
+            torch.cuda.empty_cache()
+
+    # ----------------------------------------------------------------- steer
+
+    def _steer(
+        self, supervision: ActivationStore | None, source_head: FrozenHead | None
+    ) -> tuple[nn.Module, list[Record]]:
+        """Paper, "training": LoRA on the paired layers, against the two losses."""
+        layers = [pair.target for pair in self.pairs]
+        model = attach_lora(self.target, layers, self.config)
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        if self.config.schedule == "joint":
+            return model, self._stage(model, layers, supervision, source_head, 0)
+        history: list[Record] = []
+        for layer in layers:  # shallow to deep; earlier layers stay as trained
+            history += self._stage(model, [layer], supervision, source_head, len(history))
+        return model, history
+
+    def _stage(
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        supervision: ActivationStore | None,
+        source_head: FrozenHead | None,
+        first_step: int,
+    ) -> list[Record]:
+        """Train the adapters of ``layers`` on the tail that starts at the first of them."""
+        anatomy = Anatomy.of(model)
+        parameters = adapter_parameters(model, layers)
+        model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        loader = Loader(
+            self.examples,
+            supervision,
+            self._prefix(model, layers[0]),
+            self.device,
+            pad_token_id(self.tokenizers[1]),
+            anatomy.head.weight.dtype,
+        )
+        tail = Tail(
+            model, layers[0], layers, self.config.interface, needs_target_head(self.config)
+        )
+        terms = training_terms(
+            self.config, layers, anatomy.head, anatomy.head_transform(), source_head, self.vocabulary
+        )
+        steps = len(plan_steps(self.examples.lengths, self.config))
+        name = "steer" if len(layers) == len(self.pairs) else f"steer layer {layers[0]}"
+        with self.phases.phase(name, steps) as update:
+
+            def on_step(record: Record) -> None:
+                update(1, " ".join(f"{k} {record[k]:.4f}" for k in loss_names([record])))
+
+            history = train(
+                tail, loader, terms, parameters, self.config, on_step=on_step, first_step=first_step
+            )
+        self.phases.clock.count(name, sum(self.examples.lengths) * self.config.epochs)
+        return history
+
+    def _prefix(self, model: nn.Module, first: int) -> ActivationStore | None:
+        """The input of block ``first`` for all real tokens; block 0 starts at the embeddings."""
+        if first == 0:
+            return None
+        anatomy = Anatomy.of(model)
+        tokens = sum(self.examples.lengths)
+
+        def fill(store: ActivationStore) -> None:
+            with self.phases.phase("target pass", tokens) as update:
+                for rows in run_prefix(
+                    model,
+                    self.examples,
+                    first,
+                    batch_size=self.config.micro_batch_size,
+                    pad_token_id=pad_token_id(self.tokenizers[1]),
+                    advance=lambda done: update(done, ""),
+                ):
+                    store.append(rows)
+            self.phases.clock.count("target pass", tokens)
+
+        fingerprint = {
+            "target": model_fingerprint(model),
+            "data": self.examples.fingerprint(),
+            "block": first,
+        }
+        return self._place().filled(
+            "target",
+            self.examples.lengths,
+            longest_first(self.examples),
+            {INPUT: (anatomy.hidden_size, anatomy.head.weight.dtype)},
+            fingerprint,
+            fill,
+        )
+
+    def _place(self) -> StorePlace:
+        return StorePlace.of(self.config.store, self.config.store_budget_gb)
+
+    # ----------------------------------------------------------------- report
+
+    def _report(
+        self,
+        delta: LayerDelta,
+        history: list[Record],
+        mapping: SemanticMap | None,
+        supervision: ActivationStore | None,
+    ) -> dict[str, Any]:
+        clock, names = self.phases.clock, loss_names(history)
+        peaks = peak_memory()
+        summary = {
+            "pairs": "; ".join(map(str, self.pairs)),
+            **{n: f"{history[0][n]:.4f} → {history[-1][n]:.4f}" for n in names if n in history[0]},
+            "steps": len(history),
+            "trained parameters": delta.num_parameters,
+            "shared vocabulary": len(self.vocabulary),
+            "training tokens/s": _tokens_per_second(clock.as_dict()),
+            "total seconds": round(sum(clock.seconds.values()), 2),
+            "peak memory": ", ".join(
+                f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB" for name, size in peaks.items()
+            ),
+        }
+        return {
+            "summary": summary,
+            "config": self.config.as_dict(),
+            "pairs": [
+                {"target": p.target, "source": list(p.source), "weight": p.weight} for p in self.pairs
+            ],
+            "attribution": None if self.scores is None else self.scores.tolist(),
+            "data": {
+                **self.examples.summary.as_dict(),
+                "fingerprint": self.examples.fingerprint(),
+            },
+            "recompose": None if mapping is None else mapping.recompose,
+            "store_bytes": 0 if supervision is None else supervision.num_bytes,
+            "phases": clock.as_dict(),
+            "peak_memory": peaks,
+            "device": str(self.device),
+            "seed": self.config.seed,
+            "ops": op_backends(self.device),
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+
+def _tokens_per_second(phases: Mapping[str, Mapping[str, Any]]) -> str:
+    steering = [phase for name, phase in phases.items() if name.startswith("steer")]
+    seconds = sum(phase["seconds"] for phase in steering)
+    tokens = sum(phase.get("tokens", 0) for phase in steering)
+    return f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
+
+
+def _digest(mapping: SemanticMap | None) -> str:
+    """Identifies a map in a store's fingerprint: which, and the numbers of its matrix."""
+    if mapping is None:
+        return ""
+    total = mapping.matrix.double()
+    return f"{mapping.recompose}:{float(total.sum()):.12e}:{float(total.square().sum()):.12e}"
+
+
+def _check_layers(config: TransferConfig, target: Anatomy) -> None:
+    if isinstance(config.layers, tuple):
+        wrong = [layer for layer in config.layers if layer >= target.num_layers]
+        if wrong:
+            raise ConfigError(
+                f"layers={list(config.layers)}: target layer {wrong[0]} is out of range; the target has "
+                f"layers 0 to {target.num_layers - 1}"
+            )
+    if config.num_layers > target.num_layers:
+        raise ConfigError(
+            f"num_layers={config.num_layers}: the target has {target.num_layers} layers"
+        )
+
+
+def _aligned_positions(
+    examples: ExampleSet, source_tokenizer: Any, target_tokenizer: Any
+) -> AlignedPositions:
+    if same_tokenization(source_tokenizer, target_tokenizer):
+        return AlignedPositions.same(examples)
+    raise ConfigError("source and target tokenize text differently")
