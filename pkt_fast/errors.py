@@ -44,6 +44,10 @@ class OutputError(PktFastError, OSError):
     """An output cannot be written."""
 
 
+class ShapeError(PktFastError, ValueError):
+    """Tensors handed to an op do not fit each other."""
+
+
 class BackendError(PktFastError, RuntimeError):
     """The requested backend cannot serve this op on this device."""
 

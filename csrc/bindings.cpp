@@ -1,0 +1,82 @@
+// pkt_fast._native: addresses, strides, dtype codes and a thread count in; nothing of torch.
+//
+// The callers in pkt_fast/ops have checked devices, dtypes, shapes and bounds.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using pkt::Activation;
+
+namespace {
+
+const void* address(std::uintptr_t at) { return reinterpret_cast<const void*>(at); }
+void* writable(std::uintptr_t at) { return reinterpret_cast<void*>(at); }
+
+// (address, batch stride, row stride); an address of 0 stands for an absent tensor.
+using ActivationArgs = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
+Activation activation(const ActivationArgs& x) {
+  return {address(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+// Returns the position of the first index outside [0, rows), or -1 when all rows were captured.
+std::int64_t capture_rows(std::uintptr_t out, int out_dtype, std::int64_t out_stride,
+                          std::uintptr_t index, std::int64_t count, std::int64_t rows,
+                          std::int64_t rows_per_batch, std::int64_t dim, int dtype,
+                          const ActivationArgs& value, const ActivationArgs& minus,
+                          const ActivationArgs& other, const ActivationArgs& other_minus,
+                          double lam, double scale, bool normalize, int threads) {
+  const auto* indices = static_cast<const std::int64_t*>(address(index));
+  for (std::int64_t n = 0; n < count; ++n) {
+    if (indices[n] < 0 || indices[n] >= rows) return n;
+  }
+  pkt::CaptureRows job{writable(out),      out_dtype,         out_stride,
+                       indices,            count,             dim,
+                       dtype,              rows_per_batch,    activation(value),
+                       activation(minus),  activation(other), activation(other_minus),
+                       lam,                scale,             normalize,
+                       threads};
+  py::gil_scoped_release unlocked;
+  pkt::kernels().capture_rows(job);
+  return -1;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PKT_COMPILER;
+  info["isas"] = PKT_ISAS;
+  info["isa"] = pkt::kernels().isa;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  info["cuda_archs"] = PKT_CUDA_ARCHS;
+  info["cuda_version"] = PKT_CUDA_VERSION;
+  return info;
+}
+
+void check_wanted_isa() {
+  const char* wanted = std::getenv("PKT_FAST_ISA");
+  if (wanted && *wanted && !pkt::isa_available(wanted)) {
+    throw py::import_error(std::string("PKT_FAST_ISA=") + wanted +
+                           ": not compiled in, or not supported by this processor (have " PKT_ISAS
+                           ")");
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU and CUDA kernels of pkt_fast";
+  check_wanted_isa();
+  m.def("build_info", &build_info, "compiler, isas (compiled), isa (in use), openmp, cuda_archs");
+  m.def("isa_available", &pkt::isa_available);
+  m.def("capture_rows", &capture_rows);
+}

@@ -1,0 +1,36 @@
+"""What the native implementations share: dtype codes, thread counts, operands fit for raw addresses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""``pkt::DType`` of csrc/kernels.h."""
+
+BYTES_PER_THREAD = 1 << 17
+
+
+def threads_for(bytes_moved: int) -> int:
+    """Torch's thread count, or fewer where a thread would cost more than it brings."""
+    return max(1, min(torch.get_num_threads(), bytes_moved // BYTES_PER_THREAD))
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """``x`` itself when its last dimension is contiguous, else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def bytes_spanned(x: Tensor) -> tuple[int, int]:
+    """First address of ``x`` and the address after its last element."""
+    start = x.data_ptr()
+    if x.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return start, start + (last + 1) * x.element_size()
+
+
+def may_overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory ranges of two tensors on one device intersect."""
+    (x_start, x_end), (y_start, y_end) = bytes_spanned(x), bytes_spanned(y)
+    return x.device == y.device and x_start < y_end and y_start < x_end

@@ -1,0 +1,230 @@
+"""Capture: gather rows, subtract, interpolate, normalise, cast and store, in one read and one write.
+
+    out[offset + n] = cast(unit?(s·((1−λ)(value − minus) + λ(other − other_minus))[index[n]]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import ShapeError
+from ._native import DTYPE_CODES, may_overlap, rows_contiguous, threads_for
+from ._registry import dispatch, implementation, native_module, triton_implementation
+
+_library = torch.library.Library("pkt_fast", "FRAGMENT")
+_library.define(
+    "capture_rows(Tensor(a!) out, int offset, Tensor index, Tensor value, Tensor? minus, "
+    "Tensor? other, Tensor? other_minus, float lam, float scale, bool normalize) -> ()"
+)
+_capture_rows: Callable[..., None] = torch.ops.pkt_fast.capture_rows.default
+
+
+def capture_rows(
+    out: Tensor,
+    offset: int,
+    index: Tensor,
+    value: Tensor,
+    minus: Tensor | None = None,
+    other: Tensor | None = None,
+    other_minus: Tensor | None = None,
+    lam: float = 0.0,
+    scale: float = 1.0,
+    normalize: bool = False,
+) -> None:
+    """Write rows ``index`` of the combined activations to ``out[offset : offset + N]``.
+
+    ``value`` and, where given, ``minus``, ``other``, ``other_minus`` are (R, D) or (B, T, D) of one
+    shape; ``index`` (N,) int64 counts rows of the flattened (B·T, D); ``out`` is (M, D) in any float
+    dtype.  With ``normalize`` every row gets unit length; a zero row stays zero.  Not differentiable.
+
+    Raises :class:`~pkt_fast.errors.ShapeError` when shapes, dtypes or devices do not fit, when an
+    index lies outside the rows, when ``out`` has no room, or when it shares memory with an input.
+    On a GPU the index is not checked, which would mean waiting for the device.
+    """
+    _capture_rows(
+        out, offset, index, value, minus, other, other_minus, lam, scale, normalize
+    )
+
+
+def _check(
+    out: Tensor, offset: int, index: Tensor, value: Tensor, companions: tuple[Tensor | None, ...]
+) -> None:
+    if value.dim() not in (2, 3):
+        raise ShapeError(f"capture_rows: value is {tuple(value.shape)}; expected (R, D) or (B, T, D)")
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ShapeError(
+            f"capture_rows: index is {index.dtype} of shape {tuple(index.shape)}; expected int64 (N,)"
+        )
+    if out.dim() != 2 or out.shape[1] != value.shape[-1]:
+        raise ShapeError(
+            f"capture_rows: out is {tuple(out.shape)}; expected (M, {value.shape[-1]}) to fit value"
+        )
+    if offset < 0 or offset + index.shape[0] > out.shape[0]:
+        raise ShapeError(
+            f"capture_rows: {index.shape[0]} rows at offset {offset} do not fit an out of "
+            f"{out.shape[0]} rows"
+        )
+    for x in (out, value):
+        if not x.is_floating_point():
+            raise ShapeError(f"capture_rows: {x.dtype} is not a float dtype")
+    minus, other, other_minus = companions
+    if other_minus is not None and other is None:
+        raise ShapeError("capture_rows: other_minus is given without other")
+    for x in companions:
+        if x is not None and (x.shape != value.shape or x.device != value.device):
+            raise ShapeError(
+                f"capture_rows: value is {tuple(value.shape)} on {value.device}, but one of minus, "
+                f"other, other_minus is {tuple(x.shape)} on {x.device}"
+            )
+    for x in (value, *companions):
+        if x is not None and may_overlap(out, x):
+            raise ShapeError("capture_rows: out shares memory with an input")
+
+
+def _run(
+    out: Tensor,
+    offset: int,
+    index: Tensor,
+    value: Tensor,
+    minus: Tensor | None,
+    other: Tensor | None,
+    other_minus: Tensor | None,
+    lam: float,
+    scale: float,
+    normalize: bool,
+) -> None:
+    _check(out, offset, index, value, (minus, other, other_minus))
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+    dispatch(
+        "capture_rows", value,
+        out, offset, index, value, minus, other, other_minus, lam, scale, normalize,
+    )
+
+
+def _fake(
+    out: Tensor,
+    offset: int,
+    index: Tensor,
+    value: Tensor,
+    minus: Tensor | None,
+    other: Tensor | None,
+    other_minus: Tensor | None,
+    lam: float,
+    scale: float,
+    normalize: bool,
+) -> None:
+    return None
+
+
+_library.impl("capture_rows", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("pkt_fast::capture_rows", _fake, lib=_library)
+
+
+def _out_of_range(position: int, index: Tensor, rows: int) -> ShapeError:
+    return ShapeError(
+        f"capture_rows: index[{position}] is {int(index[position])}, outside the {rows} rows of value"
+    )
+
+
+@implementation("capture_rows", "reference")
+def _capture_rows_reference(
+    out: Tensor,
+    offset: int,
+    index: Tensor,
+    value: Tensor,
+    minus: Tensor | None,
+    other: Tensor | None,
+    other_minus: Tensor | None,
+    lam: float,
+    scale: float,
+    normalize: bool,
+) -> None:
+    rows = value.shape[:-1].numel()
+    if value.device.type == "cpu":
+        wrong = (index < 0) | (index >= rows)
+        if bool(wrong.any()):
+            raise _out_of_range(int(wrong.nonzero()[0]), index, rows)
+    index = index.to(value.device)
+
+    # Only the wanted rows, in double: no finite input overflows on the way.
+    def wanted(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(rows, -1)[index].double()
+
+    gathered = wanted(value)
+    assert gathered is not None
+    out[offset : offset + index.shape[0]] = reference.gather_rows(
+        gathered,
+        torch.arange(index.shape[0], device=value.device),
+        minus=wanted(minus),
+        other=wanted(other),
+        other_minus=wanted(other_minus),
+        lam=lam,
+        scale=scale,
+        normalize=normalize,
+        dtype=out.dtype,
+    ).to(out.device)
+
+
+def _native_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:
+    """One input dtype; float64 only to float64; everything on the CPU."""
+    companions = rest[:3]
+    return (
+        value.dtype in DTYPE_CODES
+        and out.dtype in DTYPE_CODES
+        and (value.dtype == torch.float64) == (out.dtype == torch.float64)
+        and all(x is None or x.dtype == value.dtype for x in companions)
+        and out.device.type == "cpu"
+        and (out.stride(1) == 1 or out.shape[1] <= 1)
+    )
+
+
+def _activation(x: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides between batches and rows; (R, D) is one batch of R rows."""
+    if x is None:
+        return 0, 0, 0
+    return x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
+
+
+if (_native := native_module()) is not None:
+    _native_capture_rows = _native.capture_rows
+
+    @implementation("capture_rows", "native", supports=_native_takes)
+    def _capture_rows_native(
+        out: Tensor,
+        offset: int,
+        index: Tensor,
+        value: Tensor,
+        minus: Tensor | None,
+        other: Tensor | None,
+        other_minus: Tensor | None,
+        lam: float,
+        scale: float,
+        normalize: bool,
+    ) -> None:
+        count, dim = index.shape[0], value.shape[-1]
+        rows = value.shape[0] if value.dim() == 2 else value.shape[0] * value.shape[1]
+        # Kept in variables: the addresses are valid while these live.
+        index = index.contiguous()
+        value = rows_contiguous(value)
+        minus, other, other_minus = (
+            None if x is None else rows_contiguous(x) for x in (minus, other, other_minus)
+        )
+        out_item = out.element_size()
+        wrong = _native_capture_rows(
+            out.data_ptr() + offset * out.stride(0) * out_item, DTYPE_CODES[out.dtype],
+            out.stride(0), index.data_ptr(), count, rows, max(value.shape[-2], 1), dim,
+            DTYPE_CODES[value.dtype], _activation(value), _activation(minus), _activation(other),
+            _activation(other_minus), lam, scale, normalize,
+            threads_for(count * dim * (value.element_size() + out_item)),
+        )
+        if wrong >= 0:
+            raise _out_of_range(wrong, index, rows)
+
+
+triton_implementation("capture_rows", "capture_rows")
