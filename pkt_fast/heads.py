@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import NumericsError
+
 BLOCK_ROWS = 4096
 """Vocabulary rows converted to float64 at a time: the only temporary that grows with D alone."""
 
@@ -42,7 +44,10 @@ def streamed_gram(weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class GramRoot:
-    """R (D, D) with RᵀR = G, and G⁺, both float64; ``rank`` < D when the head is singular."""
+    """Upper triangular R (D, D) with RᵀR = G, and G⁺, both float64.
+
+    ``rank`` < D when the head is singular.
+    """
 
     factor: Tensor
     inverse: Tensor
@@ -53,7 +58,8 @@ def gram_root(gram: Tensor) -> GramRoot:
     """Cholesky root and inverse of a Gram matrix, by eigenvalues when it is (nearly) singular.
 
     Directions whose eigenvalue is below 4·D·eps of the largest are rounding noise of the Gram matrix
-    itself; the eigenvalue route cuts them off, as a pseudoinverse does.
+    itself; the eigenvalue route cuts them off, as a pseudoinverse does, and a QR step makes its root
+    triangular.
     """
     width = gram.shape[0]
     cutoff = 4 * width * torch.finfo(torch.float64).eps
@@ -65,7 +71,7 @@ def gram_root(gram: Tensor) -> GramRoot:
     kept = values.clamp_min(0).sqrt()
     inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0.0)
     return GramRoot(
-        factor=(kept * keep)[:, None] * vectors.T,
+        factor=torch.linalg.qr((kept * keep)[:, None] * vectors.T, mode="r").R.triu(),
         inverse=(vectors * inverse) @ vectors.T,
         rank=int(keep.sum()),
     )
@@ -90,8 +96,8 @@ def _reciprocal_condition(gram: Tensor, factor: Tensor) -> float:
 class HeadStatistics:
     """All that the label cosine needs of a head z = W·h + b besides the rows of its labels.
 
-    ‖z‖² = ‖R·h + c‖² + ρ with R ``factor`` (D, D), c ``shift`` (D,), ρ ``rest``; 1ᵀz = ``label_sum``·h
-    + ``bias_sum``.  Without a bias c and ρ are 0.
+    ‖z‖² = ‖R·h + c‖² + ρ with R ``factor`` (D, D) upper triangular, c ``shift`` (D,), ρ ``rest``;
+    1ᵀz = ``label_sum``·h + ``bias_sum``.  Without a bias c and ρ are 0.
     """
 
     factor: Tensor
@@ -103,9 +109,15 @@ class HeadStatistics:
 
 @torch.no_grad()
 def head_statistics(weight: Tensor, bias: Tensor | None = None) -> HeadStatistics:
-    """Stream the head (V, D) once; results in float32 (float64 for a float64 head)."""
+    """Stream the head (V, D) once; results in float32 (float64 for a float64 head).
+
+    Raises :class:`~pkt_fast.errors.NumericsError` for a head that is not finite.
+    """
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    root = gram_root(streamed_gram(weight))
+    gram = streamed_gram(weight)
+    if not (torch.isfinite(gram).all() and (bias is None or torch.isfinite(bias).all())):
+        raise NumericsError("the LM head holds NaN or inf: check the checkpoint")
+    root = gram_root(gram)
     label_sum = weight.sum(0, dtype=torch.float64)
     shift = torch.zeros_like(label_sum)
     rest = bias_sum = 0.0
