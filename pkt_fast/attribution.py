@@ -90,7 +90,7 @@ def _summed_mean_losses(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> Tenso
         raise DataError("attribution: a batch has no supervised token")
     counts = supervised.sum(1).clamp_min(1)
     weights = (1 / counts)[:, None].expand_as(supervised)[supervised]
-    logits = anatomy.head_transform().logits(anatomy.head(hidden[supervised]))
+    logits = anatomy.head_transform()(anatomy.head(hidden[supervised]))
     losses = F.cross_entropy(
         logits.float(), batch.targets[supervised], ignore_index=IGNORE_INDEX, reduction="none"
     )

@@ -15,7 +15,7 @@ from .data import IGNORE_INDEX
 from .errors import ConfigError
 from .heads import HeadStatistics, head_statistics
 from .ops import label_cosine as label_cosine_op
-from .ops import label_cosine_chunked, row_cosine
+from .ops import label_cosine_chunked, relation, row_cosine
 
 _statistics: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], HeadStatistics]] = (
     weakref.WeakKeyDictionary()
@@ -101,3 +101,18 @@ def statistics_of(head: nn.Module) -> HeadStatistics:
         known = (version, head_statistics(weight, bias))
         _statistics[head] = known
     return known[1]
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Linear CKA of two sets of activations of the same N inputs: (N, D_x), (N, D_y) -> scalar.
+
+    ‖X_cᵀY_c‖² / (‖X_cᵀX_c‖·‖Y_cᵀY_c‖) with centred columns: D×D products, no N×N Gram matrix.
+    Differentiable in ``x``.  Raises :class:`ConfigError` when the row counts differ.
+    """
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+        raise ConfigError(
+            f"cka: give two (N, D) tensors of the same N, not {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    starts = torch.tensor([0, len(x)], device=x.device)
+    inner, norm_x, norm_y = relation(x, y, starts)
+    return (inner / (norm_x * norm_y)).squeeze(0)
