@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ._registry import native_module
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """``pkt::DType`` of csrc/kernels.h."""
 
 BYTES_PER_THREAD = 1 << 17
+
+
+def native_kernel(name: str) -> Callable[..., Any] | None:
+    """A function of the extension; None without the extension, or with one built before it existed."""
+    return getattr(native_module(), name, None)
 
 
 def threads_for(bytes_moved: int) -> int:
@@ -34,3 +44,8 @@ def may_overlap(x: Tensor, y: Tensor) -> bool:
     """Whether the memory ranges of two tensors on one device intersect."""
     (x_start, x_end), (y_start, y_end) = bytes_spanned(x), bytes_spanned(y)
     return x.device == y.device and x_start < y_end and y_start < x_end
+
+
+def accumulator(*operands: Tensor) -> torch.dtype:
+    """The dtype of reductions over ``operands``: float64 when one of them is, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32

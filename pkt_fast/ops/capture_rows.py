@@ -1,6 +1,6 @@
 """Capture: gather rows, subtract, interpolate, normalise, cast and store, in one read and one write.
 
-    out[offset + n] = cast(unit?(s·((1−λ)(value − minus) + λ(other − other_minus))[index[n]]))
+out[offset + n] = cast(unit?(s·((1−λ)(value − minus) + λ(other − other_minus))[index[n]]))
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ShapeError
-from ._native import DTYPE_CODES, may_overlap, rows_contiguous, threads_for
-from ._registry import dispatch, implementation, native_module, triton_implementation
+from ._native import (
+    DTYPE_CODES,
+    may_overlap,
+    native_kernel,
+    rows_contiguous,
+    threads_for,
+)
+from ._registry import dispatch, implementation, triton_implementation
 
 _library = torch.library.Library("pkt_fast", "FRAGMENT")
 _library.define(
@@ -191,8 +197,7 @@ def _activation(x: Tensor | None) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
 
 
-if (_native := native_module()) is not None:
-    _native_capture_rows = _native.capture_rows
+if (_native_capture_rows := native_kernel("capture_rows")) is not None:
 
     @implementation("capture_rows", "native", supports=_native_takes)
     def _capture_rows_native(
