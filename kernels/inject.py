@@ -34,8 +34,9 @@ from ._common import (
     persistent_programs,
 )
 
-# Tile of W and warps: wide rows for 16-byte accesses, low enough for two programs a multiprocessor.
-_BLOCK_I, _BLOCK_J, _WARPS = 64, 128, 8
+# Tile of W and warps.  Small programs, several to a multiprocessor, keep more loads in flight than one
+# large one: each waits for its tile, multiplies and writes.
+_BLOCK_I, _BLOCK_J, _WARPS, _PROGRAMS = 64, 64, 4, 4
 
 # A matrix in the table: addresses of W, its backup and both factors; W's rows and columns, rank,
 # position in the list; strides of W's rows, the backup's rows, (i, r) of the left factor and (r,
@@ -120,27 +121,33 @@ def _inject_kernel(
                 stride_w, stride_k = tl.multiple_of(stride_w, 16), tl.multiple_of(stride_k, 16)
                 columns = tl.multiple_of(columns, 16)
 
+            # Addresses: a 64-bit origin per tile, 32-bit offsets within it.
             block = (tile - first) % across
-            i = (tile - first) // across * BLOCK_I + tl.arange(0, BLOCK_I)
-            j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-            keep = (i < rows)[:, None] & (j < columns)[None, :]
-            wide_i = i.to(tl.int64)
-            at = weight + wide_i[:, None] * stride_w + j[None, :]
+            first_i = (tile - first) // across * BLOCK_I
+            first_j = block * BLOCK_J
+            i, j = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_J)
+            keep_i, keep_j = first_i + i < rows, first_j + j < columns
+            keep = keep_i[:, None] & keep_j[None, :]
+            weight += first_i.to(tl.int64) * stride_w + first_j
+            left += first_i.to(tl.int64) * left_i
+            right += first_j.to(tl.int64) * right_j
+            at = weight + i[:, None] * stride_w + j[None, :]
             old = tl.load(at, mask=keep, other=0.0)
             if KEEP:
-                tl.store(backup + wide_i[:, None] * stride_k + j[None, :], old, mask=keep)
+                backup += first_i.to(tl.int64) * stride_k + first_j
+                tl.store(backup + i[:, None] * stride_k + j[None, :], old, mask=keep)
 
             delta = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
             for start in range(0, rank, BLOCK_R):
                 r = start + tl.arange(0, BLOCK_R)
                 b = tl.load(
-                    left + wide_i[:, None] * left_i + r[None, :] * left_r,
-                    mask=(i < rows)[:, None] & (r < rank)[None, :],
+                    left + i[:, None] * left_i + r[None, :] * left_r,
+                    mask=keep_i[:, None] & (r < rank)[None, :],
                     other=0.0,
                 )
                 a = tl.load(
                     right + r[:, None] * right_r + j[None, :] * right_j,
-                    mask=(r < rank)[:, None] & (j < columns)[None, :],
+                    mask=(r < rank)[:, None] & keep_j[None, :],
                     other=0.0,
                 )
                 if INTERPRETED:
@@ -149,7 +156,7 @@ def _inject_kernel(
 
             total = old.to(tl.float32) + tl.load(Scales + matrix) * delta
             if STOCHASTIC:
-                words = _words(seed, position, i, block, BLOCK_I, BLOCK_J)
+                words = _words(seed, position, first_i + i, block, BLOCK_I, BLOCK_J)
                 total = _round_stochastically(total, words, WEIGHT)
             new = total.to(WEIGHT)
             tl.store(at, new, mask=keep)
@@ -189,7 +196,7 @@ def _launch(
     ranks = triton.next_power_of_2(max(p.shape[1] for p in left))
     factor = left[0].dtype
     with device_of(like):
-        _inject_kernel[(persistent_programs(like, tiles, per_unit=2),)](
+        _inject_kernel[(persistent_programs(like, tiles, _PROGRAMS),)](
             torch.tensor(entries, dtype=torch.int64).to(like.device),
             torch.tensor(scales, dtype=torch.float32).to(like.device),
             unchanged,
