@@ -28,7 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,7 @@ class _LayerPlan:
     projections: Mapping[str, str]  # interface -> path of the linear whose output is the tap
     linears: tuple[_Linear, ...]  # in execution order
     output: tuple[type, int] | None  # container type and length; None: a bare tensor
+    copy: bool  # the model changes the block's output in place after its hooks have seen it
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Anatomy:
         self.layers: tuple[nn.Module, ...] = tuple(_children(model, structure.layers_path))
         self.num_layers = len(self.layers)
         self.hidden_size = structure.hidden_size
-        self.head: nn.Module = _head_of(model)
+        self.head = cast(nn.Linear, _head_of(model))  # or an adapter that wraps one
         self.vocab_size = int(_weight_of(self.head).shape[0])
         path = structure.final_norm_path
         self.final_norm = None if path is None else model.get_submodule(path)
@@ -228,10 +229,8 @@ class Anatomy:
             ModelError: the block has no such sublayer, or none that a hook can read.
         """
         block = self.layers[self._checked(layer)]
-        if interface == "block":
-            return Tap(block, lambda args, kwargs, output: TapValue(self.block_output(output)))
-        if interface == "contribution":
-            return Tap(block, self._read_contribution)
+        if interface in ("block", "contribution"):
+            return self._tap_block(layer, minus_input=interface == "contribution")
         if interface not in INTERFACES:
             raise ConfigError(f"interface {interface!r} is unknown: use one of {INTERFACES}")
         source = self._structure.plans[layer].taps.get(interface)
@@ -368,10 +367,17 @@ class Anatomy:
             )
         return layer
 
-    def _read_contribution(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
-    ) -> TapValue:
-        return TapValue(self.block_output(output), self.block_input(args, kwargs))
+    def _tap_block(self, layer: int, minus_input: bool) -> Tap:
+        copy = self._structure.plans[layer].copy
+
+        def read(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> TapValue:
+            value = self.block_output(output)
+            minus = self.block_input(args, kwargs) if minus_input else None
+            if copy:
+                value, minus = value.clone(), None if minus is None else minus.clone()
+            return TapValue(value, minus)
+
+        return Tap(self.layers[layer], read)
 
 
 # --------------------------------------------------------------------------- reading and patching
@@ -760,6 +766,7 @@ class _BlockRecord:
     noise: float  # size of the rounding error in ``out - in``
     stream: Tensor  # the block's input, as passed
     output: tuple[type, int] | None
+    copy: bool  # the output was changed in place later
     linears: list[tuple[str, int, int]]  # path, in, out; in execution order
 
 
@@ -783,6 +790,12 @@ def _record_blocks(
     calls: Counter[str] = Counter()
     final_norm: list[str] = []
     last: list[Tensor] = []
+    streams: dict[str, tuple[Tensor, Tensor]] = {}  # block -> its input, as passed and copied
+    outs: list[tuple[Tensor, Tensor]] = []
+
+    def block_called(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = _stream(args, kwargs, survey.width)[1]
+        streams[name] = stream, _exact(stream)
 
     def inside(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls[name] += 1
@@ -790,8 +803,11 @@ def _record_blocks(
             values[source], read_again[source] = read(), read
 
     def block_done(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        stream = _stream(args, kwargs, survey.width)[1]
+        stream, entered = streams[name]
+        if not torch.equal(_exact(stream), entered):
+            raise ModelError(f"{_name(model)} overwrites the input of block {name}: not supported")
         out = output if isinstance(output, Tensor) else output[0]
+        outs.append((out, _exact(out)))
         once = {source: value for source, value in values.items() if calls[source.path] == 1}
         inner = model.get_submodule(name)
         order = {path: i for i, path in enumerate(calls)}
@@ -805,6 +821,7 @@ def _record_blocks(
                 noise=_noise(stream, out),
                 stream=stream.detach().clone(),
                 output=None if isinstance(output, Tensor) else (type(output), len(output)),
+                copy=False,
                 linears=[(path, *_features(module)) for path, module in linears],
             )
         )
@@ -829,10 +846,19 @@ def _record_blocks(
         for index, block in enumerate(blocks):
             submodules = [entry for entry in block.named_modules() if entry[0]]
             stack.enter_context(_forward_hooks(submodules, inside))
-            stack.enter_context(_forward_hooks([(f"{prefix}{index}", block)], block_done))
+            name = f"{prefix}{index}"
+            stack.enter_context(_forward_hooks([(name, block)], block_done))
+            stack.enter_context(
+                block.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: block_called(name, args, kwargs),
+                    with_kwargs=True,
+                )
+            )
         rest = [entry for entry in model.named_modules() if id(entry[1]) not in within]
         stack.enter_context(_forward_hooks(rest, outside))
         _logits(model, inputs)
+    for record, (out, finished) in zip(records, outs, strict=True):
+        record.copy = not torch.equal(_exact(out), finished)
     return _Record(records, final_norm[0] if final_norm else None)
 
 
@@ -1076,7 +1102,7 @@ def _make_plans(blocks: Sequence[nn.Module], record: _Record, mixing: _Mixing) -
             for interface, source in taps.items()
             if (path := _projection(entry, source)) is not None
         }
-        plans.append(_LayerPlan(taps, projections, linears, entry.output))
+        plans.append(_LayerPlan(taps, projections, linears, entry.output, entry.copy))
     return plans
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator
 
@@ -225,15 +226,14 @@ def test_stop_after(models, family):
         ran: list[nn.Module] = []
         outputs: list[Tensor] = []
         before = forward_hooks(model)
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            with anatomy.stop_after(layer):
-                # Registered later than the stop, and still served.
-                stack.enter_context(reading(anatomy.tap(layer, "block"), outputs))
-                for module in (*anatomy.layers, anatomy.final_norm, anatomy.head):
-                    handle = module.register_forward_hook(lambda m, a, o: ran.append(m))
-                    stack.callback(handle.remove)
-                model(**batch, use_cache=False)
-                pytest.fail("the forward was not stopped")
+        # The tap is registered later than the stop, and still served.
+        with anatomy.stop_after(layer), contextlib.ExitStack() as stack, torch.no_grad():
+            stack.enter_context(reading(anatomy.tap(layer, "block"), outputs))
+            for module in (*anatomy.layers, anatomy.final_norm, anatomy.head):
+                handle = module.register_forward_hook(lambda m, a, o, ran=ran: ran.append(m))
+                stack.callback(handle.remove)
+            model(**batch, use_cache=False)
+            pytest.fail("the forward was not stopped")
         assert ran == list(anatomy.layers[: layer + 1])
         _, (block,), _ = record(model, anatomy, layer, batch, "block")
         torch.testing.assert_close(outputs[0], block, rtol=0, atol=0)
@@ -284,7 +284,7 @@ def test_head_transform_that_nothing_explains():
         output.logits = output.logits + 1.0
         return output
 
-    shifted.__signature__ = __import__("inspect").signature(forward)
+    shifted.__signature__ = inspect.signature(forward)
     model.forward = shifted
     assert not Anatomy.of(model).head_transform().exact
 
@@ -326,7 +326,6 @@ def test_everything_is_restored_after_an_exception(family):
         lambda: anatomy.stop_after(1),
     ):
         with pytest.raises(RuntimeError, match="boom"), context():
-            assert patched(model) or forward_hooks(model) > before
             raise RuntimeError("boom")
         assert forward_hooks(model) == before
         assert not patched(model)
@@ -428,6 +427,36 @@ def test_cache_follows_the_model():
     del model, anatomy
     gc.collect()
     assert gone() is None
+
+
+def test_a_block_output_overwritten_later_is_copied():
+    model = tiny_model("llama")
+    model.model.layers[1].register_forward_pre_hook(lambda m, a: (a[0] + 0,))
+    first: list[Tensor] = []
+    model.model.layers[0].register_forward_hook(lambda m, a, o: first.append(o))
+
+    def overwrite(module, args, output):
+        first.pop().zero_()
+
+    model.model.layers[2].register_forward_hook(overwrite)
+    anatomy = Anatomy.of(model)
+    stream, (block, contribution), _ = record(
+        model, anatomy, 0, token_batch(), "block", "contribution"
+    )
+    assert block.norm() > 0
+    torch.testing.assert_close(stream + contribution, block)
+
+
+def test_a_block_that_overwrites_its_input_is_refused():
+    model = tiny_model("llama")
+    forward = model.model.layers[2].forward
+
+    def overwriting(hidden_states, *args, **kwargs):
+        return hidden_states.copy_(forward(hidden_states, *args, **kwargs))
+
+    model.model.layers[2].forward = overwriting
+    with pytest.raises(ModelError, match=r"overwrites the input of block model\.layers\.2"):
+        Anatomy.of(model)
 
 
 def test_flat_tap_drops_its_shape_hook():
