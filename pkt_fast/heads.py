@@ -1,7 +1,8 @@
 """What an LM head W (V, D) is reduced to, once, so that V need never meet the tokens.
 
-G = WᵀW and a root R with RᵀR = G give ‖W·h‖ = ‖R·h‖ and W⁺ᵀ = W·G⁻¹.  Both are accumulated over blocks
-of vocabulary rows in float64: G squares the head's condition number, and float64 leaves room for that.
+G = WᵀW and a root R with RᵀR = G give ‖W·h‖ = ‖R·h‖ and W⁺ᵀ = W·G⁻¹.  Both are accumulated over
+blocks of vocabulary rows in float64: G squares the head's condition number, and float64 leaves room
+for that.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class GramRoot:
 def gram_root(gram: Tensor) -> GramRoot:
     """Cholesky root and inverse of a Gram matrix, by eigenvalues when it is (nearly) singular.
 
-    Directions whose eigenvalue is below 4·D·eps of the largest are rounding noise of the Gram matrix
-    itself; the eigenvalue route cuts them off, as a pseudoinverse does, and a QR step makes its root
-    triangular.
+    Directions whose eigenvalue is below 4·D·eps of the largest are rounding noise of the Gram
+    matrix itself; the eigenvalue route cuts them off, as a pseudoinverse does, and a QR step makes
+    its root triangular.
     """
     width = gram.shape[0]
     cutoff = 4 * width * torch.finfo(torch.float64).eps

@@ -3,6 +3,11 @@
 from ._registry import backend as backend
 from ._registry import served_by as served_by
 from .capture_rows import capture_rows as capture_rows
+from .decompose import decompose as decompose
 from .grad_x_act import grad_x_act as grad_x_act
 from .inject import inject_ as inject_
+from .label_cosine import label_cosine as label_cosine
+from .label_cosine import label_cosine_chunked as label_cosine_chunked
+from .linear_kl import linear_kl as linear_kl
+from .relation import relation as relation
 from .row_cosine import row_cosine as row_cosine

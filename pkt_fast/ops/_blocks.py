@@ -1,8 +1,8 @@
 """Row blocks for ops whose logits never exist whole.
 
-A block holds as many rows as fit one memory budget with all V columns.  Every logit is then computed
-once: a stream over V with a running maximum would have to compute it twice, or to pay a second
-gradient product, because the normaliser is only known at the end of the row.
+A block holds as many rows as fit one memory budget with all V columns.  Every logit is then
+computed once: a stream over V with a running maximum would have to compute it twice, or to pay a
+second gradient product, because the normaliser is only known at the end of the row.
 """
 
 from __future__ import annotations

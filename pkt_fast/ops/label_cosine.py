@@ -41,10 +41,11 @@ def label_cosine(
 ) -> Tensor:
     """cos(W·h + b, (1−ε)·onehot(y) + ε/V) per row; differentiable in ``hidden``.
 
-    hidden (N, D), labels (N,) integers, weight (V, D), bias (V,) or None, and the head's statistics:
-    factor (D, D) upper triangular, shift (D,), rest, label_sum (D,), bias_sum -> cosines (N,) in
-    float32 (float64 for float64 ``hidden``).  Rows whose label is −100, and rows whose logits are all
-    zero, give 0 and no gradient.  Time O(N·D²), memory O(N·D); V never meets the rows.
+    hidden (N, D), labels (N,) integers, weight (V, D), bias (V,) or None, and the head's
+    statistics: factor (D, D) upper triangular, shift (D,), rest, label_sum (D,), bias_sum ->
+    cosines (N,) in float32 (float64 for float64 ``hidden``).  Rows whose label is −100, and rows
+    whose logits are all zero, give 0 and no gradient.  Time O(N·D²), memory O(N·D); V never meets
+    the rows.
 
     Raises :class:`~pkt_fast.errors.DataError` for any other label outside [0, V).  A GPU would have
     to be waited for to say so; there such a row gives NaN.
@@ -54,7 +55,7 @@ def label_cosine(
     if factor.shape != (size, size) or shift.shape != (size,) or label_sum.shape != (size,):
         raise DataError(
             f"label_cosine: statistics of shapes {tuple(factor.shape)}, {tuple(shift.shape)}, "
-            f"{tuple(label_sum.shape)} do not fit a head of width {size}; use head_statistics(weight)"
+            f"{tuple(label_sum.shape)} do not fit a head of width {size}; use head_statistics()"
         )
     want_gradient = torch.is_grad_enabled() and hidden.requires_grad
     return _label_cosine(

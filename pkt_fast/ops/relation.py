@@ -1,0 +1,166 @@
+"""Centred token-relation terms of packed sequences, without a Gram matrix of the whole batch.
+
+Per sequence of T tokens, with Xc and Yc centred over its tokens and K = Xc·Xcᵀ:
+
+    ⟨K_x, K_y⟩ = ‖Xcᵀ·Yc‖²_F        ∂/∂X = 2·K_y·Xc  = 2·Yc·(Ycᵀ·Xc)
+    ‖K_x‖      = ‖Xcᵀ·Xc‖_F         ∂/∂X = 2·K_x·Xc/‖K_x‖
+
+K is T×T and the other form D×D: the smaller one is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import DataError
+from ._blocks import accumulation_dtype, floor_norm
+from ._registry import dispatch, implementation, triton_implementation
+
+
+def relation(x: Tensor, y: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """⟨K_x, K_y⟩, ‖K_x‖ and ‖K_y‖ of every sequence; differentiable in ``x``.
+
+    x (R, D_x) and y (R, D_y) hold S sequences one after another; sequence s has rows starts[s] to
+    starts[s+1]; starts (S+1,) int64 rises from 0 to R -> three (S,) in float32 (float64 for float64
+    ``x``).  A sequence of fewer than two tokens gives zeros and no gradient.
+
+    Raises :class:`~pkt_fast.errors.DataError` for shapes or starts that do not fit.
+    """
+    if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
+        raise DataError(
+            f"relation: x {tuple(x.shape)} and y {tuple(y.shape)} must be (R, D_x) and (R, D_y)"
+        )
+    if starts.dim() != 1 or len(starts) < 1 or starts.dtype != torch.int64:
+        raise DataError(
+            f"relation: starts must be int64 of shape (S+1,), not {starts.dtype} of "
+            f"{tuple(starts.shape)}"
+        )
+    want_gradient = torch.is_grad_enabled() and x.requires_grad
+    return _relation(x, y, starts, want_gradient)[:3]
+
+
+@torch.library.custom_op("pkt_fast::relation", mutates_args=())
+def _relation(
+    x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return dispatch("relation", x, x, y, starts, want_gradient)
+
+
+@_relation.register_fake
+def _(
+    x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return zero_outputs(x, starts, want_gradient)
+
+
+def zero_outputs(
+    x: Tensor, starts: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Zeros for inner, norm_x, norm_y (S,) and the gradients of inner and norm_x (R, D_x).
+
+    Without ``want_gradient`` the last two have no rows.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    inner, norm_x, norm_y = (
+        torch.zeros(starts.shape[0] - 1, dtype=dtype, device=x.device) for _ in range(3)
+    )
+    rows = x.shape[0] if want_gradient else 0
+    of_inner, of_norm = (
+        torch.zeros(rows, x.shape[1], dtype=dtype, device=x.device) for _ in range(2)
+    )
+    return inner, norm_x, norm_y, of_inner, of_norm
+
+
+def _keep_row_gradients(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, _, starts, _ = inputs
+    ctx.save_for_backward(starts, *output[3:])
+    ctx.dtype = x.dtype
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_row_gradients(ctx, grad_inner, grad_norm, *_):  # type: ignore[no-untyped-def]
+    starts, *gradients = ctx.saved_tensors
+    total = None
+    if ctx.needs_input_grad[0]:
+        lengths = starts.diff()
+        for grad, gradient in zip((grad_inner, grad_norm), gradients, strict=True):
+            if grad is not None:
+                per_row = grad.repeat_interleave(lengths, output_size=len(gradient))
+                term = per_row[:, None] * gradient
+                total = term if total is None else total + term
+        total = None if total is None else total.to(ctx.dtype)
+    return total, None, None, None
+
+
+_relation.register_autograd(_scale_row_gradients, setup_context=_keep_row_gradients)
+
+
+def sequences(starts: Tensor, rows: int) -> list[tuple[int, int]]:
+    """The (start, end) of every sequence; DataError unless they rise from 0 to ``rows``."""
+    bounds = starts.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
+        raise DataError(f"relation: starts must rise from 0 to the {rows} rows, not {bounds[:8]}")
+    return list(itertools.pairwise(bounds))
+
+
+@implementation("relation", "reference")
+def _relation_reference(
+    x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = inner, norm_x, norm_y, of_inner, of_norm = zero_outputs(x, starts, want_gradient)
+    for s, (start, end) in enumerate(sequences(starts, len(x))):
+        if end - start < 2:
+            continue
+        part_x, part_y = x[start:end].to(inner.dtype), y[start:end].to(inner.dtype)
+        inner[s], norm_x[s], norm_y[s] = reference.relation_terms(part_x, part_y)
+        if want_gradient:
+            centred = part_x - part_x.mean(0)
+            of_inner[start:end] = 2 * reference.centred_gram(part_y) @ centred
+            gram = reference.centred_gram(part_x)
+            of_norm[start:end] = 2 * gram @ centred / floor_norm(norm_x[s])
+    return outputs
+
+
+@implementation("relation", "native")
+def _relation_sequences(
+    x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One sequence after another, through whichever of the T×T and D×D forms is smaller."""
+    outputs = inner, norm_x, norm_y, of_inner, of_norm = zero_outputs(x, starts, want_gradient)
+    for s, (start, end) in enumerate(sequences(starts, len(x))):
+        if end - start < 2:
+            continue
+        cx, size_x = _centred(x[start:end].to(inner.dtype))
+        cy, size_y = _centred(y[start:end].to(inner.dtype))
+        by_token = end - start <= max(cx.shape[1], cy.shape[1])
+        if by_token:
+            gram_x, gram_y = cx @ cx.T, cy @ cy.T
+            dot = torch.linalg.vecdot(gram_x.flatten(), gram_y.flatten())
+        else:
+            gram_x, gram_y, cross = cx.T @ cx, cy.T @ cy, cy.T @ cx
+            dot = torch.linalg.vecdot(cross.flatten(), cross.flatten())
+        length = torch.linalg.vector_norm(gram_x)
+        inner[s] = dot * size_x * size_x * size_y * size_y
+        norm_x[s] = length * size_x * size_x
+        norm_y[s] = torch.linalg.vector_norm(gram_y) * size_y * size_y
+        if want_gradient:
+            slope_inner = gram_y @ cx if by_token else cy @ cross
+            slope_norm = gram_x @ cx if by_token else cx @ gram_x
+            torch.mul(slope_inner, 2 * size_x * size_y * size_y, out=of_inner[start:end])
+            torch.mul(slope_norm, 2 * size_x / floor_norm(length), out=of_norm[start:end])
+    return outputs
+
+
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(X − mean)/s and s, the largest entry of X − mean, so that fourth powers stay in range."""
+    centred = rows - rows.mean(0)
+    size = floor_norm(centred.abs().max())
+    return centred / size, size
+
+
+triton_implementation("relation", "relation")
