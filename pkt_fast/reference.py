@@ -11,12 +11,16 @@ Shapes: N token rows, D hidden size, V vocabulary labels, T tokens of one sequen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .anatomy import Anatomy, Tap
+from .data import Batch
+from .pairing import LayerPair
 
 IGNORE_INDEX = -100
 
@@ -33,9 +37,11 @@ def semantic_basis(weight: Tensor) -> Tensor:
     """S (V, D): the pseudoinverse of the LM head, one unit vector per vocabulary label.
 
     ``weight`` (V, D) is the LM head.  Row i of (W⁺)ᵀ is the latent vector whose logits best
-    approximate the one-hot of label i.
+    approximate the one-hot of label i.  A label whose row of W is zero (padding) has the zero vector;
+    the SVD would leave rounding noise there, which normalising would blow up.
     """
-    return unit_rows(torch.linalg.pinv(weight).T)
+    vectors = torch.linalg.pinv(weight).T
+    return unit_rows(vectors * (weight != 0).any(1, keepdim=True))
 
 
 def coefficients(hidden: Tensor, basis: Tensor) -> Tensor:
@@ -138,9 +144,17 @@ def gather_rows(
 # --------------------------------------------------------------------------- pairing
 
 
-def source_layer(k: int, num_source: int, num_target: int) -> int:
-    """ℓ(k) = max(1, ⌊L_src·k / L_tgt⌋), 1-based as in the paper."""
-    return max(1, num_source * k // num_target)
+def pair(num_source: int, num_target: int, critical: int) -> tuple[int, int, int, float]:
+    """(k†, a, b, λ), all 1-based as in the paper, for a critical source layer ℓ*."""
+
+    def ell(k: int) -> int:
+        return max(1, math.floor(num_source * k / num_target))
+
+    reached = [k for k in range(1, num_target + 1) if ell(k) >= critical]
+    k = min(reached) if reached else num_target
+    u = num_source * k / num_target
+    a = max(1, min(math.floor(u), num_source - 1))
+    return k, a, a + 1, min(max(u - a, 0.0), 1.0)
 
 
 # --------------------------------------------------------------------------- losses
@@ -272,32 +286,75 @@ def inject(
 # --------------------------------------------------------------------------- the whole method
 
 
-@dataclass(frozen=True)
-class StepLosses:
-    """The two losses of one optimiser step."""
-
-    layer_loss: float
-    output_loss: float
-
-
-def batch_losses(
-    target_layer_output: Tensor,
-    target_head_input: Tensor,
-    labels: Tensor,
-    source_layer_output: Tensor,
-    source_head: Tensor,
-    target_head: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(L_layer, L_out) of one batch of supervised rows, every N x V matrix materialised."""
-    supervisory = align_frame(source_layer_output, source_head, target_head)
-    return (
-        layer_cosine(target_layer_output, supervisory.detach()),
-        label_cosine(target_head_input, target_head, labels),
-    )
-
-
 def interpolate(layers: Sequence[Tensor], lam: float) -> Tensor:
     """h = (1−λ)·h_a + λ·h_b for a pair of source layers; the layer itself when there is one."""
-    if len(layers) == 1:
-        return layers[0]
-    return (1 - lam) * layers[0] + lam * layers[1]
+    return layers[0] if len(layers) == 1 else (1 - lam) * layers[0] + lam * layers[1]
+
+
+def read_layers(
+    model: nn.Module, taps: Mapping[int, Tap], inputs: Mapping[str, Tensor]
+) -> tuple[dict[int, Tensor], Tensor]:
+    """Run the whole model; return the tapped activations (B, T, D) and the logits (B, T, V)."""
+    values: dict[int, Tensor] = {}
+    handles = []
+    for layer, tap in taps.items():
+
+        def hook(_m: nn.Module, args: Any, kwargs: Any, output: Any, at: int = layer) -> None:
+            values[at] = taps[at].read(args, kwargs, output).tensor()
+
+        handles.append(tap.module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        logits = model(**inputs, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return values, logits
+
+
+def semalign(
+    source: nn.Module,
+    target: nn.Module,
+    pairs: Sequence[LayerPair],
+    steps: Sequence[Sequence[Batch]],
+    parameters: Sequence[nn.Parameter],
+    *,
+    interface: str = "mlp",
+    learning_rate: float = 3e-4,
+) -> list[dict[str, float]]:
+    """The whole method in one phase: every step runs both models in full on its batches.
+
+    ``steps`` holds the batches of each optimiser step, ``parameters`` the target's LoRA parameters.
+    Per step: capture both models' layers at the supervised positions, decompose and recompose over
+    the vocabulary, L = L_layer + L_out, AdamW.  Returns the two losses of every step.
+    """
+    source_anatomy, target_anatomy = Anatomy.of(source), Anatomy.of(target)
+    source_head = source_anatomy.head.weight.detach()
+    target_head = target_anatomy.head.weight.detach()
+    source_basis, target_basis = semantic_basis(source_head), semantic_basis(target_head)
+    needed = sorted({layer for pair in pairs for layer in pair.source})
+    source_taps = {layer: source_anatomy.tap(layer, interface) for layer in needed}
+    target_taps = {pair.target: target_anatomy.tap(pair.target, interface) for pair in pairs}
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    history = []
+    for batches in steps:
+        rows = sum(int(batch.supervised.sum()) for batch in batches)
+        layer_loss = output_loss = 0.0
+        for batch in batches:
+            keep = batch.supervised
+            with torch.no_grad():
+                seen, _ = read_layers(source, source_taps, batch.model_inputs())
+            ours, logits = read_layers(target, target_taps, batch.model_inputs())
+            onehot = F.one_hot(batch.targets[keep], logits.shape[-1]).to(logits.dtype)
+            l_out = (1 - row_cosine(logits[keep], onehot)).sum() / rows
+            l_layer = torch.zeros_like(l_out)
+            for pair in pairs:
+                hidden = interpolate([seen[layer][keep] for layer in pair.source], pair.weight)
+                supervisory = recompose(coefficients(hidden, source_basis), target_basis)
+                distance = 1 - row_cosine(ours[pair.target][keep], supervisory)
+                l_layer = l_layer + distance.sum() / rows / len(pairs)
+            (l_layer + l_out).backward()
+            layer_loss, output_loss = layer_loss + l_layer.item(), output_loss + l_out.item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        history.append({"layer_loss": layer_loss, "output_loss": output_loss})
+    return history
