@@ -34,8 +34,8 @@ from ._common import (
     persistent_programs,
 )
 
-# Tile of W and warps.  Small programs, several to a multiprocessor, keep more loads in flight than one
-# large one: each waits for its tile, multiplies and writes.
+# Tile of W, warps, programs to a multiprocessor: each waits for its tile, multiplies and writes, so
+# several small programs keep more loads in flight than one large one.
 _BLOCK_I, _BLOCK_J, _WARPS, _PROGRAMS = 64, 64, 4, 4
 
 # A matrix in the table: addresses of W, its backup and both factors; W's rows and columns, rank,
