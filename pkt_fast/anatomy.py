@@ -3,7 +3,7 @@
 This is the only module that knows.  Nothing here is a list of class names: a model is taken apart
 by running a tiny *probe* (two rows of six random tokens) and watching the tensors that pass.
 
-* **Blocks.**  The longest ``ModuleList`` whose members each map (B, T, D) to (B, T, D).
+* **Blocks.**  The largest ``ModuleList``; its members must each map (B, T, D) to (B, T, D).
 * **Sublayers.**  A residual block computes ``out = in + attention + mlp``, whatever its norms and
   wiring.  So the sublayer outputs *as added to the residual stream* are the module outputs that
   solve ``out - in = sum_i s_i * c_i`` numerically, with s_i = 1 in nearly every family.  Post-norm
@@ -681,16 +681,16 @@ def _survey(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Su
         logits = _logits(model, inputs)
     _check_causal(model, logits)
     calls = Counter(order)
-    lists = [
-        (path, [f"{path}.{name}" for name, _ in module.named_children()])
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
-    lists = [entry for entry in lists if all(calls[name] for name in entry[1])]
-    good = [entry for entry in lists if _width(shapes, entry[1]) is not None]
-    if not good:
-        raise ModelError(_no_blocks(model, lists, shapes))
-    path, names = max(good, key=lambda entry: (len(entry[1]), -entry[0].count(".")))
+    path, names = _largest_list(model, calls)
+    if not all(calls[name] for name in names):
+        raise ModelError(f"{_name(model)} leaves out blocks of {path}: not supported")
+    width = _width(shapes, names)
+    if width is None:
+        given, made = (None if shape is None else tuple(shape) for shape in shapes[names[0]])
+        raise ModelError(
+            f"the blocks of {_name(model)} ({path}) do not map (B, T, D) to (B, T, D): "
+            f"{given} became {made} for B={_ROWS}, T={_TOKENS}"
+        )
     if any(calls[name] > 1 for name in names):
         raise ModelError(
             f"{_name(model)} calls the blocks of {path} several times a forward: not supported"
@@ -699,9 +699,24 @@ def _survey(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Su
         raise ModelError(f"{_name(model)} does not run the blocks of {path} in order")
     if calls[next(name for name, module in model.named_modules() if module is head)] != 1:
         raise ModelError(f"{_name(model)} does not call its head once a forward")
-    width = _width(shapes, names)
-    assert width is not None
     return _Survey(path, width, _exact(logits))
+
+
+def _largest_list(model: nn.Module, calls: Mapping[str, int]) -> tuple[str, list[str]]:
+    """Path and members of the ``ModuleList`` with the most parameters that takes part at all.
+
+    Lists inside a block (experts, heads) are smaller than the list of blocks around them.
+    """
+    best, size = None, 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            names = [f"{path}.{name}" for name, _ in module.named_children()]
+            count = sum(parameter.numel() for parameter in module.parameters())
+            if count > size and any(calls[name] for name in names):
+                best, size = (path, names), count
+    if best is None:
+        raise ModelError(f"{_name(model)} has no list of blocks")
+    return best
 
 
 def _on_grid(value: Any) -> bool:
@@ -726,20 +741,6 @@ def _width(shapes: Mapping[str, Any], names: Sequence[str]) -> int | None:
     shape = seen.pop()
     fits = shape is not None and len(shape) == 3 and tuple(shape[:2]) == (_ROWS, _TOKENS)
     return int(shape[2]) if fits else None
-
-
-def _no_blocks(
-    model: nn.Module, lists: Sequence[tuple[str, list[str]]], shapes: Mapping[str, Any]
-) -> str:
-    what = "no list of blocks was found"
-    if lists:
-        path, names = max(lists, key=lambda entry: len(entry[1]))
-        given, made = (None if s is None else tuple(s) for s in shapes[names[0]])
-        what = f"those of {path} map {given} to {made}"
-    return (
-        f"{_name(model)} has no stack of blocks that map (B, T, D) to (B, T, D): {what} "
-        f"for B={_ROWS}, T={_TOKENS}"
-    )
 
 
 def _check_causal(model: nn.Module, logits: Tensor) -> None:
