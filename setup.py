@@ -107,7 +107,7 @@ class Cuda:
 
 
 def find_cuda(compiler: list[str]) -> Cuda | None:
-    """nvcc from CUDA_HOME or PATH, when it works and PKT_FAST_CUDA does not forbid it."""
+    """Nvcc from CUDA_HOME or PATH, when it works and PKT_FAST_CUDA does not forbid it."""
     wish = os.environ.get("PKT_FAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise RuntimeError(f"PKT_FAST_CUDA={wish!r}: expected 0 or 1")

@@ -6,7 +6,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "kernels.h"
 
@@ -47,6 +50,63 @@ std::int64_t capture_rows(std::uintptr_t out, int out_dtype, std::int64_t out_st
   return -1;
 }
 
+void grad_x_act(std::uintptr_t sums, std::int64_t batch, std::int64_t tokens, std::int64_t dim,
+                int gradient_dtype, const ActivationArgs& gradient, int activation_dtype,
+                const ActivationArgs& activations, int threads) {
+  auto* with_sign = static_cast<double*>(writable(sums));
+  pkt::GradXAct job{with_sign,        with_sign + batch,    batch,
+                    tokens,           dim,                  gradient_dtype,
+                    activation_dtype, activation(gradient), activation(activations),
+                    threads};
+  py::gil_scoped_release unlocked;
+  pkt::kernels().grad_x_act(job);
+}
+
+void row_cosine(std::uintptr_t cosines, std::int64_t rows, std::int64_t dim, std::uintptr_t x,
+                int x_dtype, std::int64_t x_stride, std::uintptr_t y, int y_dtype,
+                std::int64_t y_stride, std::uintptr_t dx, std::uintptr_t dy, int threads) {
+  pkt::RowCosine job{writable(cosines), rows,         dim,          address(x),
+                     x_dtype,           x_stride,     address(y),   y_dtype,
+                     y_stride,          writable(dx), writable(dy), threads};
+  py::gil_scoped_release unlocked;
+  pkt::kernels().row_cosine(job);
+}
+
+// (address, dtype, row stride, column stride)
+using FactorArgs = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t>;
+// ((address, dtype, rows, columns, row stride), left, right, rank, (backup, its row stride), scale)
+using WeightArgs = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t>;
+using BackupArgs = std::tuple<std::uintptr_t, std::int64_t>;
+using MatrixArgs =
+    std::tuple<WeightArgs, FactorArgs, FactorArgs, std::int64_t, BackupArgs, double>;
+
+pkt::Factor factor(const FactorArgs& x) {
+  return {address(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x)};
+}
+
+std::vector<pkt::Matrix> matrices_of(const std::vector<MatrixArgs>& args) {
+  std::vector<pkt::Matrix> matrices;
+  for (const auto& [weight, left, right, rank, backup, scale] : args) {
+    const auto [at, dtype, rows, columns, stride] = weight;
+    matrices.push_back({writable(at), dtype, rows, columns, stride, factor(left), factor(right),
+                        rank, writable(std::get<0>(backup)), std::get<1>(backup), scale});
+  }
+  return matrices;
+}
+
+void inject(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
+            std::optional<std::uint64_t> seed, int threads) {
+  const std::vector<pkt::Matrix> matrices = matrices_of(args);
+  pkt::Inject job{matrices.data(),
+                  std::int64_t(matrices.size()),
+                  static_cast<std::int64_t*>(writable(unchanged)),
+                  seed.has_value(),
+                  seed.value_or(0),
+                  threads};
+  py::gil_scoped_release unlocked;
+  pkt::kernels().inject(job);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = PKT_COMPILER;
@@ -79,4 +139,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", &build_info, "compiler, isas (compiled), isa (in use), openmp, cuda_archs");
   m.def("isa_available", &pkt::isa_available);
   m.def("capture_rows", &capture_rows);
+  m.def("grad_x_act", &grad_x_act);
+  m.def("row_cosine", &row_cosine);
+  m.def("inject", &inject);
 }

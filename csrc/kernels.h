@@ -31,9 +31,62 @@ struct CaptureRows {
   int threads;
 };
 
+struct GradXAct {
+  double* with_sign;  // (batch,) each
+  double* absolute;
+  int64_t batch, tokens, dim;
+  int gradient_dtype, activation_dtype;
+  Activation gradient, activation;
+  int threads;
+};
+
+struct RowCosine {
+  void* cosines;
+  int64_t rows, dim;
+  const void* x;
+  int x_dtype;
+  int64_t x_stride;
+  const void* y;
+  int y_dtype;
+  int64_t y_stride;
+  void* dx;  // null when not wanted, else contiguous
+  void* dy;
+  int threads;
+};
+
+struct Factor {
+  const void* data;
+  int dtype;
+  int64_t row_stride, column_stride;
+};
+
+// W (rows, columns) += scale·left (rows, rank)·right (rank, columns).
+struct Matrix {
+  void* weight;
+  int dtype;
+  int64_t rows, columns, stride;
+  Factor left, right;
+  int64_t rank;
+  void* backup;  // null, or where the old bits go
+  int64_t backup_stride;
+  double scale;
+};
+
+struct Inject {
+  const Matrix* matrices;
+  int64_t count;
+  int64_t* unchanged;  // (count,)
+  bool stochastic;
+  uint64_t seed;
+  int threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*capture_rows)(const CaptureRows&);
+  void (*grad_x_act)(const GradXAct&);
+  void (*row_cosine)(const RowCosine&);
+  void (*inject)(const Inject&);
 };
 
 // The kernels for the best instruction set of this machine, or for the one named in PKT_FAST_ISA.

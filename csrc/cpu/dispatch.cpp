@@ -4,9 +4,12 @@
 
 #include "kernels.h"
 
-#define PKT_DECLARE(isa)                   \
-  namespace isa {                          \
-  void capture_rows(const CaptureRows&);   \
+#define PKT_DECLARE(isa)                  \
+  namespace isa {                         \
+  void capture_rows(const CaptureRows&);  \
+  void grad_x_act(const GradXAct&);       \
+  void row_cosine(const RowCosine&);      \
+  void inject(const Inject&);             \
   }
 
 namespace pkt {
@@ -17,7 +20,8 @@ PKT_DECLARE(baseline)
 
 namespace {
 
-#define PKT_KERNELS(isa) Kernels{#isa, isa::capture_rows}
+#define PKT_KERNELS(isa) \
+  Kernels { #isa, isa::capture_rows, isa::grad_x_act, isa::row_cosine, isa::inject }
 
 // Best first.
 const Kernels kCompiled[] = {

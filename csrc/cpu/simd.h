@@ -120,6 +120,9 @@ PKT_INLINE F32 clamp(F32 a, F32 limit) {
   return {_mm512_max_ps(_mm512_min_ps(a.r, limit.r), _mm512_sub_ps(_mm512_setzero_ps(), limit.r))};
 }
 PKT_INLINE float sum(F32 a) { return _mm512_reduce_add_ps(a.r); }
+PKT_INLINE int equal_lanes(F32 a, F32 b) {
+  return _mm_popcnt_u32(_mm512_cmp_ps_mask(a.r, b.r, _CMP_EQ_OQ));
+}
 
 PKT_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 PKT_INLINE F32 load(const bf16* p) {
@@ -170,6 +173,9 @@ PKT_INLINE float sum(F32 a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.r), _mm256_extractf128_ps(a.r, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+PKT_INLINE int equal_lanes(F32 a, F32 b) {
+  return _mm_popcnt_u32(uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.r, b.r, _CMP_EQ_OQ))));
 }
 
 PKT_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -241,6 +247,11 @@ PKT_INLINE F32 clamp(F32 a, F32 limit) {
   }
   return a;
 }
+PKT_INLINE int equal_lanes(F32 a, F32 b) {
+  int count = 0;
+  for (int i = 0; i < F32::width; ++i) count += lane(a.r, i) == lane(b.r, i);
+  return count;
+}
 PKT_INLINE float sum(F32 a) {
   float total = lane(a.r, 0);
   for (int i = 1; i < F32::width; ++i) total += lane(a.r, i);
@@ -305,6 +316,11 @@ PKT_INLINE F64 clamp(F64 a, F64 limit) {
     lane(a.r, i) = lane(a.r, i) > top ? top : lane(a.r, i) < -top ? -top : lane(a.r, i);
   }
   return a;
+}
+PKT_INLINE int equal_lanes(F64 a, F64 b) {
+  int count = 0;
+  for (int i = 0; i < F64::width; ++i) count += lane(a.r, i) == lane(b.r, i);
+  return count;
 }
 PKT_INLINE double sum(F64 a) {
   double total = lane(a.r, 0);
