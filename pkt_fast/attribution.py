@@ -92,7 +92,10 @@ def _summed_mean_losses(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> Tenso
     weights = (1 / counts)[:, None].expand_as(supervised)[supervised]
     logits = anatomy.head_transform()(anatomy.head(hidden[supervised]))
     losses = F.cross_entropy(
-        logits.float(), batch.targets[supervised], ignore_index=IGNORE_INDEX, reduction="none"
+        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        batch.targets[supervised],
+        ignore_index=IGNORE_INDEX,
+        reduction="none",
     )
     return (losses * weights).sum()
 

@@ -90,8 +90,9 @@ class FrozenHead:
         return None if self.bias is None else self.bias * self.transform.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The model's logits (N, V) in float32."""
-        return self.transform(F.linear(hidden, self.weight, self.bias)).float()
+        """The model's logits (N, V), in float32 at least."""
+        logits = self.transform(F.linear(hidden, self.weight, self.bias))
+        return logits.to(_work(logits))
 
 
 # --------------------------------------------------------------------------- layer objectives
@@ -110,9 +111,10 @@ def squared_term(layer: int) -> Term:
     """‖h_k − h̃‖² / mean ‖h̃‖² per row: relative squared error, for aligned rows with a true scale."""
 
     def term(rows: Rows) -> Tensor:
-        target = rows.supervision[layer_column(layer)].float()
-        error = (rows.layers[layer].float() - target).square().sum(-1)
-        return error / target.square().sum(-1).mean().clamp_min(torch.finfo(torch.float32).tiny)
+        hidden = rows.layers[layer]
+        target = rows.supervision[layer_column(layer)].to(_work(hidden))
+        error = (hidden - target).square().sum(-1)
+        return error / target.square().sum(-1).mean().clamp_min(torch.finfo(target.dtype).tiny)
 
     return term
 
@@ -143,7 +145,7 @@ def fisher_term(layer: int, head: FrozenHead) -> Term:
         target = rows.supervision[layer_column(layer)].to(rows.layers[layer].dtype)
         with torch.no_grad():
             probabilities = torch.softmax(head.logits(target), -1)
-        difference = F.linear(rows.layers[layer] - target, head.weight).float()
+        difference = F.linear(rows.layers[layer] - target, head.weight).to(probabilities.dtype)
         mean = (probabilities * difference).sum(-1)
         return ((probabilities * difference.square()).sum(-1) - mean.square()) / 2
 
@@ -222,6 +224,7 @@ def logit_cosine_term(target: FrozenHead, source: FrozenHead) -> Term:
 
 
 def _work(tensor: Tensor) -> torch.dtype:
+    """Dtype that losses are computed in."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 

@@ -1,0 +1,121 @@
+"""Layer scores equal Captum's LayerGradientXActivation, summed per example."""
+
+import pytest
+import torch
+from captum.attr import LayerGradientXActivation
+from models import tiny_model
+from torch.nn import functional as F
+
+from pkt_fast import attribute
+from pkt_fast.anatomy import Anatomy
+from pkt_fast.attribution import gradient_x_activation
+from pkt_fast.data import Batch, Example, collate
+from pkt_fast.errors import ConfigError, DataError, NumericsError
+
+
+def make_batch(vocabulary, lengths=(9, 5, 7), seed=0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for row, length in enumerate(lengths):
+        ids = torch.randint(1, vocabulary, (length,), generator=generator).tolist()
+        labels = [-100] * (length // 2) + ids[length // 2 :]
+        examples.append(Example(tuple(ids), tuple(labels), row))
+    return collate(examples, range(len(lengths)), pad_token_id=0)
+
+
+def example_losses(model, batch):
+    logits = model(**batch.model_inputs(), use_cache=False).logits
+    losses = F.cross_entropy(
+        logits.transpose(1, 2), batch.targets, ignore_index=-100, reduction="none"
+    )
+    return losses.sum(1) / batch.supervised.sum(1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("interface", ["mlp", "attention", "block"])
+def test_equals_captum(family, interface):
+    model = tiny_model(family, seed=4).double()
+    anatomy = Anatomy.of(model)
+    batch = make_batch(anatomy.vocab_size)
+    signed, absolute = gradient_x_activation(model, batch, interface=interface)
+    for layer in range(anatomy.num_layers):
+        tap = anatomy.tap(layer, interface)
+        assert tap.module is not None
+
+        # attribute_to_layer_input=False: the module's output; captum sums each example's gradient.
+        def forward(ids):
+            return example_losses(
+                model,
+                Batch(ids, batch.attention_mask, batch.labels, batch.position_ids, batch.rows),
+            )
+
+        product = LayerGradientXActivation(forward, tap.module).attribute(batch.input_ids)
+        product = product[0] if isinstance(product, tuple) else product
+        product = product.reshape(len(batch), -1)
+        torch.testing.assert_close(signed[layer], product.sum(1), rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(absolute[layer], product.abs().sum(1), rtol=1e-8, atol=1e-12)
+
+
+def test_contribution_uses_the_gradient_of_what_is_added():
+    model = tiny_model("llama", seed=4).double()
+    batch = make_batch(96)
+    (mlp, _), (attention, _), (both, _) = (
+        gradient_x_activation(model, batch, interface=name)
+        for name in ("mlp", "attention", "contribution")
+    )
+    # At the block's end the MLP's share of g·(a + m) is its own product; attention's gradient differs
+    # because the MLP reads it, so only the MLP's part can be compared: g·a = both − mlp.
+    assert (both - mlp).abs().max() > 0
+    assert not torch.allclose(both - mlp, attention)
+
+
+@pytest.mark.parametrize("reduction", ["absolute", "signed", "net"])
+def test_reductions(reduction):
+    model = tiny_model("llama", seed=4)
+    batches = [make_batch(96, seed=1), make_batch(96, lengths=(6,), seed=2)]
+    per_example = [gradient_x_activation(model, batch) for batch in batches]
+    signed = torch.cat([s for s, _ in per_example], 1)
+    absolute = torch.cat([a for _, a in per_example], 1)
+    expected = {"absolute": absolute, "signed": signed, "net": signed.abs()}[reduction].mean(1)
+    torch.testing.assert_close(attribute(model, batches, reduction=reduction), expected)
+
+
+def test_padding_changes_nothing():
+    model = tiny_model("llama", seed=4)
+    together = attribute(model, [make_batch(96)])
+    batch = make_batch(96)
+    alone = []
+    for row in range(3):
+        keep = batch.attention_mask[row].bool()
+        cut = [t[row : row + 1, keep] for t in
+               (batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)]
+        alone.append(Batch(*cut, rows=(row,)))
+    torch.testing.assert_close(attribute(model, alone), together, rtol=1e-4, atol=1e-7)
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("llama").train()
+    model.model.layers[0].requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    attribute(model, [make_batch(96)])
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_refusals():
+    model = tiny_model("llama")
+    with pytest.raises(DataError, match="no batch"):
+        attribute(model, [])
+    with pytest.raises(ConfigError, match="absolute, signed, net"):
+        attribute(model, [make_batch(96)], reduction="mean")
+    batch = make_batch(96)
+    empty = Batch(batch.input_ids, batch.attention_mask, torch.full_like(batch.labels, -100),
+                  batch.position_ids, batch.rows)
+    with pytest.raises(DataError, match="no supervised token"):
+        attribute(model, [empty])
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NumericsError, match="layer"):
+        attribute(model, [make_batch(96)])
