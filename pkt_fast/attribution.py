@@ -89,7 +89,7 @@ def _summed_mean_losses(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> Tenso
     if not bool(supervised.any()):
         raise DataError("attribution: a batch has no supervised token")
     counts = supervised.sum(1).clamp_min(1)
-    weights = (1 / counts)[:, None].expand_as(supervised)[supervised]
+    weights = (1 / counts.double())[:, None].expand_as(supervised)[supervised]
     logits = anatomy.head_transform()(anatomy.head(hidden[supervised]))
     losses = F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)),
@@ -97,7 +97,7 @@ def _summed_mean_losses(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> Tenso
         ignore_index=IGNORE_INDEX,
         reduction="none",
     )
-    return (losses * weights).sum()
+    return (losses * weights.to(losses.dtype)).sum()
 
 
 @contextlib.contextmanager

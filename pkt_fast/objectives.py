@@ -108,13 +108,13 @@ def cosine_term(layer: int) -> Term:
 
 
 def squared_term(layer: int) -> Term:
-    """‖h_k − h̃‖² / mean ‖h̃‖² per row: relative squared error, for aligned rows with a true scale."""
+    """‖h_k − h̃‖² / ‖h̃‖² per row: relative squared error, for aligned rows with a true scale."""
 
     def term(rows: Rows) -> Tensor:
         hidden = rows.layers[layer]
         target = rows.supervision[layer_column(layer)].to(_work(hidden))
         error = (hidden - target).square().sum(-1)
-        return error / target.square().sum(-1).mean().clamp_min(torch.finfo(target.dtype).tiny)
+        return error / target.square().sum(-1).clamp_min(torch.finfo(target.dtype).tiny)
 
     return term
 
