@@ -19,7 +19,7 @@ from .errors import ConfigError
 
 METHODS = ("semalign", "sft", "kd", "hidden_kd", "seeking", "laten")
 INTERFACES = ("mlp", "attention", "block", "contribution")
-OBJECTIVES = ("cosine", "relation", "fisher", "squared", "none")
+OBJECTIVES = ("cosine", "relation", "fisher", "squared", "hidden_mse", "hidden_cosine", "none")
 OUTPUT_LOSSES = ("label_cosine", "cross_entropy", "kl", "logit_cosine", "none")
 RECOMPOSITIONS = ("frame", "dual", "logit", "softmax", "top_k", "threshold", "lens", "fitted")
 KL_KINDS = ("forward", "reverse", "jsd")
@@ -30,6 +30,30 @@ DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "native", "triton")
 
 PRESETS: dict[str, dict[str, Any]] = {"paper": {}}
+
+_LABELS = {"objective": "none", "output_loss": "cross_entropy", "layers": "all"}
+
+# What each method sets where the user does not (docs/methods.md says from which paper).
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "semalign": {},
+    "sft": _LABELS,
+    "kd": {"objective": "none", "output_loss": "kl", "layers": "all"},
+    "hidden_kd": {
+        "objective": "hidden_mse",
+        "interface": "block",
+        "output_loss": "kl",
+        "layers": "all",
+    },
+    "seeking": _LABELS,
+    "laten": {
+        **_LABELS,
+        "limit": 128,
+        "epochs": 1,
+        "batch_size": 16,
+        "learning_rate": 3e-5,
+        "weight_decay": 0.05,
+    },
+}
 
 
 def _setting(default: Any, doc: str) -> Any:
@@ -107,6 +131,12 @@ class TransferConfig:
         object.__setattr__(self, "target_modules", _names(self.target_modules))
         if self.objective == "none" and self.output_loss == "none" and not self.label_weight:
             raise ConfigError("objective='none' and output_loss='none' leave nothing to train on")
+        if self.method in ("seeking", "laten") and (self.solver != "adamw" or self.warm_start):
+            raise ConfigError(
+                f"method={self.method!r} finds its delta itself: use solver='adamw', warm_start=False"
+            )
+        if self.method == "laten" and self.schedule != "joint":
+            raise ConfigError("method='laten' injects every layer at once: use schedule='joint'")
 
     @classmethod
     def fields(cls) -> dict[str, str]:
@@ -122,6 +152,9 @@ class TransferConfig:
     ) -> TransferConfig:
         """Combine a preset, a config (object, mapping, or JSON file) and single fields, in that order.
 
+        Fields that none of them sets take the method's settings (:data:`METHOD_SETTINGS`), then the
+        defaults.  Of a config object the fields that differ from the defaults count as set.
+
         Raises :class:`ConfigError` for an unknown field or preset, or an impossible value.
         """
         settings: dict[str, Any] = {}
@@ -136,7 +169,9 @@ class TransferConfig:
                 close = difflib.get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise ConfigError(f"unknown setting {name!r}{hint}")
-        return cls(**settings)
+        method = settings.get("method", cls.method)
+        _one_of("method", method, METHODS)
+        return cls(**{**METHOD_SETTINGS[method], **settings})
 
     def as_dict(self) -> dict[str, Any]:
         """All settings with JSON types."""
@@ -245,7 +280,11 @@ def _mapping(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     if isinstance(config, TransferConfig):
-        return dataclasses.asdict(config)
+        return {
+            field.name: getattr(config, field.name)
+            for field in dataclasses.fields(config)
+            if getattr(config, field.name) != field.default
+        }
     if isinstance(config, Mapping):
         return dict(config)
     path = Path(config)
