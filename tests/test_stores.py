@@ -1,0 +1,163 @@
+"""Activation stores: what goes in comes out, on disk as in memory, and damage is noticed."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from pkt_fast import stores
+from pkt_fast.errors import StoreError
+from pkt_fast.phases import StorePlace
+from pkt_fast.stores import (
+    memory_store,
+    model_fingerprint,
+    open_directory_store,
+    prefetched,
+    writing_directory_store,
+)
+
+COUNTS = [3, 1, 0, 7, 5, 2]
+ORDER = [3, 4, 0, 5, 1, 2]
+COLUMNS = {"a": (5, torch.float32), "b": (3, torch.bfloat16)}
+PRINT = {"source": "x", "data": "y"}
+
+
+def rows_of(name, example):
+    generator = torch.Generator().manual_seed(hash((name == "a", example)) % 1000)
+    width, dtype = COLUMNS[name]
+    return torch.randn(COUNTS[example], width, generator=generator).to(dtype)
+
+
+def fill(store):
+    for start in range(0, len(ORDER), 2):
+        group = ORDER[start : start + 2]
+        store.append({name: torch.cat([rows_of(name, i) for i in group]) for name in COLUMNS})
+
+
+def check(store):
+    for name in COLUMNS:
+        for picked in ([0], [5, 3], [2], [1, 2, 0, 4], list(range(6))):
+            expected = torch.cat([rows_of(name, i) for i in picked])
+            assert torch.equal(store.rows(name, picked), expected)
+
+
+def test_memory():
+    store = memory_store(COUNTS, ORDER, COLUMNS)
+    fill(store)
+    store.check_complete()
+    check(store)
+    assert store.num_bytes == 18 * (5 * 4 + 3 * 2)
+    with pytest.raises(StoreError, match="19 rows appended"):
+        store.append({"a": torch.zeros(1, 5)})
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 50, 64, 10_000])
+def test_directory_with_shards_that_cut_examples(tmp_path, monkeypatch, shard_bytes):
+    monkeypatch.setattr(stores, "SHARD_BYTES", shard_bytes)
+    path = tmp_path / "store"
+    with writing_directory_store(path, COUNTS, ORDER, COLUMNS, PRINT) as store:
+        fill(store)
+        assert not path.exists()
+    check(store)
+    assert [p.name for p in tmp_path.iterdir()] == ["store"]
+    again = open_directory_store(path, PRINT)
+    check(again)
+
+
+def written(tmp_path):
+    path = tmp_path / "store"
+    with writing_directory_store(path, COUNTS, ORDER, COLUMNS, PRINT) as store:
+        fill(store)
+    return path
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        writing_directory_store(tmp_path / "s", COUNTS, ORDER, COLUMNS, PRINT) as store,
+    ):
+        store.append({name: rows_of(name, 3) for name in COLUMNS})
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with (
+        pytest.raises(StoreError, match="0 of 18 rows"),
+        writing_directory_store(tmp_path / "s", COUNTS, ORDER, COLUMNS, PRINT),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_and_foreign_stores_are_noticed(tmp_path):
+    path = written(tmp_path)
+    with pytest.raises(StoreError, match="another source"):
+        open_directory_store(path, {**PRINT, "source": "z"})
+    shard = next(path.glob("a-*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match="checksum"):
+        open_directory_store(path, PRINT)
+    shard.unlink()
+    with pytest.raises(StoreError, match="damaged"):
+        open_directory_store(path, PRINT)
+    (path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        open_directory_store(path, PRINT)
+    assert open_directory_store(tmp_path / "none", PRINT) is None
+
+
+def test_manifest_describes_the_shards(tmp_path):
+    manifest = json.loads((written(tmp_path) / "manifest.json").read_text())
+    assert manifest["columns"]["b"]["dtype"] == "bfloat16"
+    assert manifest["counts"] == COUNTS
+    assert manifest["fingerprint"] == PRINT
+
+
+def test_place_reuses_a_directory_and_spills_when_memory_is_short(tmp_path):
+    filled = []
+
+    def counted(store):
+        filled.append(1)
+        fill(store)
+
+    place = StorePlace(tmp_path, 1e9)
+    for _ in range(2):
+        check(place.filled("source", COUNTS, ORDER, COLUMNS, PRINT, counted))
+    assert len(filled) == 1
+    spilled = StorePlace(None, 10).filled("source", COUNTS, ORDER, COLUMNS, PRINT, counted)
+    check(spilled)
+    directory = spilled.columns["a"].directory
+    assert directory.exists()
+    del spilled
+    assert not directory.exists()
+
+
+def test_fingerprint_sees_any_parameter():
+    model = torch.nn.Sequential(torch.nn.Linear(9, 70), torch.nn.Linear(70, 2))
+    before = model_fingerprint(model)
+    assert before == model_fingerprint(model)
+    with torch.no_grad():
+        model[1].bias[0] += 1e-6
+    assert model_fingerprint(model) != before
+
+
+def test_prefetch_keeps_order_and_passes_errors_on():
+    assert list(prefetched(iter(range(20)))) == list(range(20))
+
+    def broken():
+        yield 1
+        raise ValueError("broken")
+
+    stream = prefetched(broken())
+    assert next(stream) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(stream)
+
+
+def test_prefetch_ends_its_thread_when_the_loop_is_left():
+    before = threading.active_count()
+    stream = prefetched(iter(range(10**9)))
+    next(stream)
+    stream.close()
+    assert threading.active_count() == before
