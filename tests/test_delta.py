@@ -1,0 +1,145 @@
+"""The delta is a standard PEFT adapter; inject equals PEFT's merge and eject restores every bit."""
+
+import json
+
+import pytest
+import torch
+from models import tiny_model, token_batch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from pkt_fast import LayerDelta, eject, inject
+from pkt_fast.errors import DeltaError, OutputError
+
+
+def with_adapter(family="llama", dtype=torch.float32, targets=None, **options):
+    """A PEFT model whose adapter is random in both halves."""
+    targets = targets or {
+        "llama": ["layers.1.mlp.up_proj", "layers.1.self_attn.v_proj"],
+        "gpt2": ["h.1.mlp.c_fc", "h.1.attn.c_proj"],
+    }[family]
+    model = tiny_model(family, seed=3).to(dtype)
+    config = LoraConfig(
+        r=4, lora_alpha=12, target_modules=targets, fan_in_fan_out=family == "gpt2", **options
+    )
+    model = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**token_batch()).logits.float()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 3}}])
+def test_save_is_a_peft_adapter_and_load_reads_it(tmp_path, family, options):
+    model = with_adapter(family, **options)
+    delta = LayerDelta.from_peft(model)
+    delta.save(tmp_path / "ours")
+    ours = PeftModel.from_pretrained(tiny_model(family, seed=3), tmp_path / "ours").eval()
+    assert torch.equal(logits(ours), logits(model))
+    model.save_pretrained(tmp_path / "peft")
+    again = LayerDelta.load(tmp_path / "peft")
+    assert again.changes.keys() == delta.changes.keys()
+    for path, change in delta.changes.items():
+        assert torch.equal(change.down, again.changes[path].down)
+        assert change.scale == again.changes[path].scale
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_inject_equals_the_adapter_and_eject_restores_the_bits(family, dtype):
+    adapted = with_adapter(family, dtype)
+    delta = LayerDelta.from_peft(adapted)
+    plain = tiny_model(family, seed=3).to(dtype)
+    before = {name: p.clone() for name, p in plain.named_parameters()}
+    report = inject(plain, delta)
+    assert report.matrices == 2
+    assert 0 <= report.unchanged < report.elements
+    expected, got = logits(adapted), logits(plain)
+    error = (got - expected).norm() / expected.norm()
+    assert error < {torch.float64: 1e-6, torch.float32: 1e-5}.get(dtype, 0.02)
+    for path, change in delta.changes.items():
+        weight = before[f"{path}.weight"].double()
+        change = change.matrix().double()
+        exact = weight + (change.T if family == "gpt2" else change)
+        stored = plain.get_submodule(path).weight.double()
+        ulp = torch.finfo(dtype).eps * exact.abs().clamp_min(1e-3) + 3e-6 * exact.abs().max()
+        assert ((stored - exact).abs() <= ulp).all()
+    assert eject(plain) == 2
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert eject(plain) == 0
+
+
+def test_injections_stack_and_scale():
+    delta = LayerDelta.from_peft(with_adapter())
+    plain = tiny_model("llama", seed=3)
+    original = plain.model.layers[1].mlp.up_proj.weight.clone()
+    inject(plain, delta, 0.5)
+    inject(plain, delta, 0.5)
+    twice = plain.model.layers[1].mlp.up_proj.weight.clone()
+    eject(plain)
+    inject(plain, delta, keep_backup=False)
+    torch.testing.assert_close(plain.model.layers[1].mlp.up_proj.weight, twice)
+    assert eject(plain) == 0
+    assert not torch.equal(plain.model.layers[1].mlp.up_proj.weight, original)
+
+
+def test_small_changes_vanish_in_bfloat16_unless_rounding_is_stochastic():
+    delta = LayerDelta.from_peft(with_adapter(dtype=torch.bfloat16))
+    plain = tiny_model("llama", seed=3).to(torch.bfloat16)
+    path = "model.layers.1.mlp.up_proj"
+    before = plain.get_submodule(path).weight.double().clone()
+    nearest = inject(plain, delta, 1e-4)
+    assert nearest.unchanged_fraction > 0.5
+    eject(plain)
+    total = torch.zeros_like(before)
+    for seed in range(64):
+        inject(plain, delta, 1e-4, stochastic_seed=seed)
+        total += plain.get_submodule(path).weight.double() - before
+        eject(plain)
+    wanted = 1e-4 * delta.changes[path].matrix().double()
+    mean = total / 64
+    assert abs((mean * wanted).sum() / wanted.square().sum() - 1) < 0.1
+
+
+def test_a_delta_that_does_not_fit_changes_nothing():
+    delta = LayerDelta.from_peft(with_adapter())
+    narrow = tiny_model("llama", seed=3, intermediate_size=64)
+    before = [p.clone() for p in narrow.parameters()]
+    with pytest.raises(DeltaError, match=r"80x48 matrix, the model's weight is 64x48"):
+        inject(narrow, delta)
+    assert all(torch.equal(a, b) for a, b in zip(before, narrow.parameters(), strict=True))
+    with pytest.raises(DeltaError, match="GPT2LMHeadModel has not"):
+        inject(tiny_model("gpt2"), delta)
+
+
+def test_bad_adapters_are_refused(tmp_path):
+    with pytest.raises(DeltaError, match="not an adapter directory"):
+        LayerDelta.load(tmp_path)
+    delta = LayerDelta.from_peft(with_adapter())
+    delta.save(tmp_path / "a")
+    with pytest.raises(OutputError, match="not empty"):
+        delta.save(tmp_path / "a")
+    delta.save(tmp_path / "a", overwrite=True)
+    config = tmp_path / "a" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    for change, words in [
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"use_dora": True}, "use_dora"),
+    ]:
+        config.write_text(json.dumps({**settings, **change}))
+        with pytest.raises(DeltaError, match=words):
+            LayerDelta.load(tmp_path / "a")
+    config.write_text("{")
+    with pytest.raises(DeltaError, match="not JSON"):
+        LayerDelta.load(tmp_path / "a")
+    config.write_text(json.dumps(settings))
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"junk")
+    with pytest.raises(DeltaError, match="damaged"):
+        LayerDelta.load(tmp_path / "a")
