@@ -1,0 +1,48 @@
+"""The tasks of lm-eval (EleutherAI's evaluation harness), through the optional extra ``[eval]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigError, MissingExtraError
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Run lm-eval ``tasks`` (such as "gsm8k") on ``model``: task → metric → value.
+
+    Tasks download their data sets unless those are cached.  ``limit``: the first so many examples.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        ConfigError: lm-eval has no task of that name.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError("evaluation on lm-eval tasks", "lm-eval", "eval") from error
+
+    manager = TaskManager()
+    unknown = sorted(set(tasks) - set(manager.all_tasks))
+    if unknown:
+        raise ConfigError(f"tasks={unknown[0]!r}: lm-eval has no such task (see: lm-eval ls tasks)")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = lm_eval.simple_evaluate(
+        model=wrapped, tasks=list(tasks), limit=limit, task_manager=manager
+    )
+    results: dict[str, dict[str, Any]] = found["results"]
+    return {
+        task: {name: float(v) for name, v in metrics.items() if isinstance(v, int | float)}
+        for task, metrics in results.items()
+    }

@@ -1,0 +1,47 @@
+"""The final hidden states of supervised positions, and logits of a few of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..anatomy import Anatomy
+from ..data import Batch
+from ..errors import ModelError, NumericsError
+
+_CHUNK_ELEMENTS = 1 << 23
+
+
+@torch.no_grad()
+def supervised_hidden(model: nn.Module, batch: Batch) -> Tensor:
+    """The LM head's input (N, D) at the supervised positions of ``batch``."""
+    anatomy = Anatomy.of(model)
+    batch = batch.to(anatomy.head.weight.device)
+    with anatomy.bypass_head() as head_input:
+        model(**batch.model_inputs(), use_cache=False)
+    return head_input.hidden[batch.supervised]
+
+
+@torch.no_grad()
+def logit_chunks(model: nn.Module, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Float32 logits (n, V) of ``hidden`` (N, D), a few rows at a time: never N×V at once.
+
+    Raises :class:`~pkt_fast.errors.NumericsError` when a logit is NaN, and
+    :class:`~pkt_fast.errors.ModelError` for a model that treats its logits in an unknown way.
+    """
+    anatomy = Anatomy.of(model)
+    if not anatomy.head_transform().exact:
+        raise ModelError(
+            f"{type(model).__name__} changes its logits by neither a scale nor a softcap"
+        )
+    weight, bias = anatomy.head.weight, getattr(anatomy.head, "bias", None)
+    rows = max(1, _CHUNK_ELEMENTS // anatomy.vocab_size)
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        logits = anatomy.head_transform()(F.linear(hidden[chunk], weight, bias)).float()
+        if bool(torch.isnan(logits).any()):
+            raise NumericsError(f"{type(model).__name__}: the logits hold NaN; try dtype='float32'")
+        yield chunk, logits
