@@ -22,9 +22,12 @@ INTERFACES = ("mlp", "attention", "block", "contribution")
 OBJECTIVES = ("cosine", "relation", "fisher", "squared", "hidden_mse", "hidden_cosine", "none")
 OUTPUT_LOSSES = ("label_cosine", "cross_entropy", "kl", "logit_cosine", "none")
 RECOMPOSITIONS = ("frame", "dual", "logit", "softmax", "top_k", "threshold", "lens", "fitted")
+FITS = ("ridge", "procrustes")
 KL_KINDS = ("forward", "reverse", "jsd")
 SCHEDULES = ("joint", "frontier")
 SOLVERS = ("adamw", "ridge")
+RIDGE_OBJECTIVES = ("cosine", "squared")
+ALIGNED_OBJECTIVES = ("cosine", "relation", "fisher", "squared")
 REDUCTIONS = ("absolute", "signed", "net")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -80,7 +83,11 @@ class TransferConfig:
     coefficient_temperature: float = _setting(0.1, "temperature of recompose='softmax'")
     top_k: int = _setting(256, "coefficients kept by recompose='top_k'")
     threshold: float = _setting(0.05, "smallest coefficient kept by recompose='threshold'")
-    fit_examples: int = _setting(64, "examples that recompose='lens' or 'fitted' is fitted on")
+    fit: str = _setting("ridge", "how recompose='fitted' is fitted: " + ", ".join(FITS))
+    fit_examples: int = _setting(
+        64, "examples that recompose='lens' or 'fitted' is fitted, and any map judged on (a tenth)")
+    fit_ridge: float = _setting(
+        1e-2, "ridge strength of recompose='lens' and 'fitted', relative to the mean moment")
     # which layers
     num_layers: int = _setting(1, "critical layers to transfer")
     layers: tuple[int, ...] | str | None = _setting(
@@ -134,6 +141,16 @@ class TransferConfig:
         if self.method in ("seeking", "laten") and (self.solver != "adamw" or self.warm_start):
             raise ConfigError(
                 f"method={self.method!r} finds its delta itself: use solver='adamw', warm_start=False"
+            )
+        if self.solver == "ridge" and self.objective not in RIDGE_OBJECTIVES:
+            raise ConfigError(
+                f"solver='ridge' solves objective='cosine' or 'squared', not {self.objective!r}: "
+                "use solver='adamw', with warm_start=True to start from the ridge solution"
+            )
+        if self.warm_start and (self.solver == "ridge" or self.objective not in ALIGNED_OBJECTIVES):
+            raise ConfigError(
+                "warm_start=True starts solver='adamw' from the ridge solution of a layer objective "
+                f"({', '.join(ALIGNED_OBJECTIVES)})"
             )
         if self.method == "laten" and self.schedule != "joint":
             raise ConfigError("method='laten' injects every layer at once: use schedule='joint'")
@@ -191,6 +208,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": OBJECTIVES,
     "output_loss": OUTPUT_LOSSES,
     "recompose": RECOMPOSITIONS,
+    "fit": FITS,
     "kl_kind": KL_KINDS,
     "reduction": REDUCTIONS,
     "schedule": SCHEDULES,
@@ -224,6 +242,7 @@ _RANGES: dict[str, _Range] = {
     "top_k": _at_least(int, 1),
     "threshold": _at_least(float, 0),
     "fit_examples": _at_least(int, 1),
+    "fit_ridge": _POSITIVE,
     "num_layers": _at_least(int, 1),
     "attribution_examples": _at_least(int, 1),
     "ridge": _POSITIVE,
