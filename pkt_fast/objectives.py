@@ -47,12 +47,16 @@ Term = Callable[[Rows], Tensor]
 
 @dataclass(frozen=True)
 class WeightedTerm:
-    """One addend of the training loss: mean over units of ``term``, times ``weight``."""
+    """One addend of the training loss: mean over units of ``term``, times ``weight``.
+
+    ``parameters`` belong to the term alone (a learned projection); they train and are then dropped.
+    """
 
     name: str
     weight: float
     term: Term
     per_sequence: bool = False
+    parameters: Sequence[nn.Parameter] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +156,35 @@ def fisher_term(layer: int, head: FrozenHead) -> Term:
     return term
 
 
+LEARNED_OBJECTIVES = ("hidden_mse", "hidden_cosine")
+
+
+def hidden_term(layer: int, projection: nn.Linear, kind: str) -> Term:
+    """Distance of P·h_k (N, D_src) from the source's own h (hidden-state distillation).
+
+    "hidden_mse" is the mean squared difference over channels, "hidden_cosine" is 1 − cosine.
+    """
+
+    def term(rows: Rows) -> Tensor:
+        projected = projection(rows.layers[layer].to(projection.weight.dtype))
+        wanted = rows.supervision[layer_column(layer)].to(projected.dtype)
+        if kind == "hidden_cosine":
+            return 1 - F.cosine_similarity(projected, wanted, dim=-1)
+        return (projected - wanted).square().mean(-1)
+
+    return term
+
+
+def learned_projection(
+    target_size: int, source_size: int, like: Tensor, seed: int
+) -> nn.Linear:
+    """P (D_src, D_tgt) without bias, initialised from ``seed`` alone, on the device of ``like``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projection = nn.Linear(target_size, source_size, bias=False, dtype=_work(like))
+    return projection.to(like.device)
+
+
 # --------------------------------------------------------------------------- output losses
 
 
@@ -248,12 +281,20 @@ def training_terms(
     target_transform: HeadTransform,
     source: FrozenHead | None,
     vocabulary: SharedVocabulary | None,
+    source_size: int | None = None,
 ) -> list[WeightedTerm]:
-    """The addends of the training loss that ``config`` names, for the steered ``layers``."""
+    """The addends of the training loss that ``config`` names, for the steered ``layers``.
+
+    ``source_size`` is D_src, the width of what the learned objectives predict.
+    """
     terms: list[WeightedTerm] = []
     if config.objective != "none" and config.layer_weight > 0:
         weight = config.layer_weight / len(layers)
         for layer in layers:
+            if config.objective in LEARNED_OBJECTIVES:
+                assert source_size is not None
+                terms.append(_learned_term(config, layer, target_head, source_size, weight))
+                continue
             terms.append(
                 WeightedTerm(
                     "layer_loss",
@@ -270,6 +311,15 @@ def training_terms(
         term = cross_entropy_term(head, config.label_smoothing)
         terms.append(WeightedTerm("label_loss", config.label_weight, term))
     return terms
+
+
+def _learned_term(
+    config: TransferConfig, layer: int, head: nn.Module, source_size: int, weight: float
+) -> WeightedTerm:
+    size = head.weight.shape[1]  # type: ignore[union-attr,index,operator]
+    projection = learned_projection(size, source_size, head.weight, config.seed + layer)  # type: ignore[arg-type]
+    term = hidden_term(layer, projection, config.objective)
+    return WeightedTerm("layer_loss", weight, term, parameters=[projection.weight])
 
 
 def _layer_term(objective: str, layer: int, head: nn.Module, transform: HeadTransform) -> Term:

@@ -21,7 +21,14 @@ from .data import ExampleSet, encode
 from .delta import LayerDelta
 from .errors import ConfigError
 from .loading import load_model, load_tokenizers, pad_token_id, resolve_device, resolve_dtype
-from .objectives import FrozenHead, needs_source_head, needs_target_head, training_terms
+from .methods import DeltaMaker, MethodInputs, delta_maker
+from .objectives import (
+    LEARNED_OBJECTIVES,
+    FrozenHead,
+    needs_source_head,
+    needs_target_head,
+    training_terms,
+)
 from .ops import backend
 from .pairing import LayerPair, pair_by_score, source_for
 from .phases import (
@@ -42,8 +49,6 @@ from .steering import (
     Loader,
     Record,
     Tail,
-    adapter_parameters,
-    attach_lora,
     plan_steps,
     train,
 )
@@ -191,9 +196,10 @@ class _Run:
         if needs_source_head(self.config):
             anatomy = Anatomy.of(self.source)
             source_head = FrozenHead.of(anatomy.head, anatomy.head_transform())
+        maker = self._delta_maker()
         self._release_source()
         self.target.to(self.device)
-        model, history = self._steer(supervision, source_head)
+        model, history = self._steer(maker, supervision, source_head)
         delta = LayerDelta.from_peft(model)
         return TransferResult(
             model=model,
@@ -202,7 +208,7 @@ class _Run:
             pairs=self.pairs,
             attribution=self.scores,
             history=history,
-            report=self._report(delta, history, mapping, supervision),
+            report=self._report(delta, history, mapping, supervision) | {"delta": maker.report()},
         )
 
     # ----------------------------------------------------------------- attribute and pair
@@ -245,7 +251,7 @@ class _Run:
 
     def _map(self) -> SemanticMap | None:
         """Paper, "semantic basis" and "decompose and recompose", folded into one matrix."""
-        if self.config.objective == "none":
+        if self.config.objective in ("none", *LEARNED_OBJECTIVES):
             return None
         with self.phases.phase("semantic map", 1):
             return SemanticMap.between(
@@ -254,13 +260,15 @@ class _Run:
 
     def _source_pass(self, mapping: SemanticMap | None) -> ActivationStore | None:
         """Run the source once; keep aligned activations, and its head input if a loss needs it."""
-        wanted = [Wanted.of_pair(pair) for pair in self.pairs] if mapping is not None else []
+        supervised = self.config.objective != "none"
+        wanted = [Wanted.of_pair(pair) for pair in self.pairs] if supervised else []
         with_head = needs_source_head(self.config)
         if not wanted and not with_head:
             return None
         source, target = Anatomy.of(self.source), Anatomy.of(self.target)
         dtype = target.head.weight.dtype
-        columns = {layer_column(want.key): (target.hidden_size, dtype) for want in wanted}
+        width = source.hidden_size if mapping is None else target.hidden_size
+        columns = {layer_column(want.key): (width, dtype) for want in wanted}
         if with_head:
             columns[HEAD] = (source.hidden_size, source.head.weight.dtype)
         tokens = sum(map(len, self.aligned.examples))
@@ -311,23 +319,45 @@ class _Run:
 
     # ----------------------------------------------------------------- steer
 
+    def _delta_maker(self) -> DeltaMaker:
+        """What trains: LoRA, or what the method makes of the source's weights."""
+        source_tokenizer, target_tokenizer = self.tokenizers
+        with self.phases.phase("prepare delta", 1):
+            return delta_maker(
+                self.config.method,
+                MethodInputs(
+                    self.config,
+                    self.source,
+                    self.target,
+                    self.pairs,
+                    self.aligned.examples,
+                    self.examples,
+                    (pad_token_id(source_tokenizer), pad_token_id(target_tokenizer)),
+                ),
+            )
+
     def _steer(
-        self, supervision: ActivationStore | None, source_head: FrozenHead | None
+        self,
+        maker: DeltaMaker,
+        supervision: ActivationStore | None,
+        source_head: FrozenHead | None,
     ) -> tuple[nn.Module, list[Record]]:
         """Paper, "training": LoRA on the paired layers, against the two losses."""
-        layers = [pair.target for pair in self.pairs]
-        model = attach_lora(self.target, layers, self.config)
+        layers = maker.layers
+        model = maker.attach(self.target)
         if self.config.gradient_checkpointing:
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         if self.config.schedule == "joint":
-            return model, self._stage(model, layers, supervision, source_head, 0)
-        history: list[Record] = []
+            history = self._stage(maker, model, layers, supervision, source_head, 0)
+            return maker.finish(model), history
+        history = []
         for layer in layers:  # shallow to deep; earlier layers stay as trained
-            history += self._stage(model, [layer], supervision, source_head, len(history))
-        return model, history
+            history += self._stage(maker, model, [layer], supervision, source_head, len(history))
+        return maker.finish(model), history
 
     def _stage(
         self,
+        maker: DeltaMaker,
         model: nn.Module,
         layers: Sequence[int],
         supervision: ActivationStore | None,
@@ -336,7 +366,7 @@ class _Run:
     ) -> list[Record]:
         """Train the adapters of ``layers`` on the tail that starts at the first of them."""
         anatomy = Anatomy.of(model)
-        parameters = adapter_parameters(model, layers)
+        parameters = maker.parameters(model, layers)
         model.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -352,8 +382,15 @@ class _Run:
             model, layers[0], layers, self.config.interface, needs_target_head(self.config)
         )
         terms = training_terms(
-            self.config, layers, anatomy.head, anatomy.head_transform(), source_head, self.vocabulary
+            self.config,
+            layers,
+            anatomy.head,
+            anatomy.head_transform(),
+            source_head,
+            self.vocabulary,
+            _supervision_width(supervision, layers),
         )
+        parameters += [parameter for term in terms for parameter in term.parameters]
         steps = len(plan_steps(self.examples.lengths, self.config))
         name = "steer" if len(layers) == len(self.pairs) else f"steer layer {layers[0]}"
         with self.phases.phase(name, steps) as update:
@@ -448,6 +485,12 @@ class _Run:
             "versions": versions(),
             "machine": machine(),
         }
+
+
+def _supervision_width(supervision: ActivationStore | None, layers: Sequence[int]) -> int | None:
+    """Width of the stored rows that steer ``layers``."""
+    column = None if supervision is None else supervision.columns.get(layer_column(layers[0]))
+    return None if column is None else column.width
 
 
 def _tokens_per_second(phases: Mapping[str, Mapping[str, Any]]) -> str:

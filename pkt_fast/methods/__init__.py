@@ -1,0 +1,19 @@
+"""The other published ways to move knowledge, beside SemAlign's: same data, trainer, adapter, report.
+
+Fine-tuning, logit distillation and hidden-state distillation are settings of the common trainer
+(:data:`pkt_fast.config.METHOD_SETTINGS`).  Two methods also read the source's weights, so they make
+their delta in their own way: :mod:`~pkt_fast.methods.seeking` and :mod:`~pkt_fast.methods.laten`.
+"""
+
+from .delta_maker import DeltaMaker, LoraMaker, MethodInputs
+from .laten import LatenMaker
+from .seeking import SeekingMaker
+
+__all__ = ["DeltaMaker", "LatenMaker", "LoraMaker", "MethodInputs", "SeekingMaker", "delta_maker"]
+
+_MAKERS: dict[str, type[DeltaMaker]] = {"seeking": SeekingMaker, "laten": LatenMaker}
+
+
+def delta_maker(method: str, inputs: MethodInputs) -> DeltaMaker:
+    """The maker of ``method``'s delta; it reads what it needs of the source's weights now."""
+    return _MAKERS.get(method, LoraMaker)(inputs)
