@@ -1,7 +1,7 @@
 """Builds the native extension pkt_fast._native: pybind11 headers and ninja, no torch.
 
-CPU kernels are compiled once per instruction set and chosen at run time.  csrc/cuda is compiled when
-nvcc is found (PKT_FAST_CUDA=0 leaves it out, PKT_FAST_CUDA=1 makes its absence an error).  On a
+CPU kernels are compiled once per instruction set and chosen at run time.  csrc/cuda is compiled
+when nvcc is found (PKT_FAST_CUDA=0 leaves it out, PKT_FAST_CUDA=1 makes its absence an error).  On a
 machine without a C++ compiler the package installs without the extension and uses its reference
 implementations; ``pkt-fast info`` says so.
 """
@@ -40,7 +40,9 @@ def say(message: str) -> None:
     print(f"pkt_fast build: {message}", file=sys.stderr, flush=True)
 
 
-def compiles(command: list[str], source: str = "int main() { return 0; }", suffix: str = ".cpp") -> bool:
+def compiles(
+    command: list[str], source: str = "int main() { return 0; }", suffix: str = ".cpp"
+) -> bool:
     """Whether ``command`` (a compiler with its flags) turns ``source`` into an object file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"probe{suffix}"
@@ -202,12 +204,13 @@ class NativeBuild(build_ext):
         if not compiles(compiler):
             raise CompilerMissing(f"the C++ compiler {' '.join(compiler)} does not work")
         common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
-        # GCC 12 warns about its own intrinsics headers and about vectors that are never passed by call.
+        # GCC 12 warns about its own intrinsics headers, and about vectors never passed by call.
         common += ["-Wno-uninitialized", "-Wno-psabi"]
         openmp = ["-fopenmp"] if compiles([*compiler, "-fopenmp"], "#include <omp.h>\n") else []
         isas = self.instruction_sets(compiler)
         version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-        archs = [f"sm_{arch}" for arch in cuda.archs] + [f"compute_{cuda.archs[-1]}"] if cuda else []
+        archs = [f"sm_{arch}" for arch in cuda.archs] if cuda else []
+        archs += [f"compute_{cuda.archs[-1]}"] if cuda else []
         facts = {
             "PKT_COMPILER": version.splitlines()[0],
             "PKT_ISAS": ",".join(isas),
@@ -226,7 +229,8 @@ class NativeBuild(build_ext):
         for isa, flags in isas.items():
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 if source.stem != "dispatch":
-                    graph.compile("cxx", source, [*flags, f"-DPKT_ISA={isa}", f"-DPKT_ISA_{isa}"], isa)
+                    defines = [f"-DPKT_ISA={isa}", f"-DPKT_ISA_{isa}"]
+                    graph.compile("cxx", source, [*flags, *defines], isa)
         have = [f"-DPKT_HAVE_{isa}" for isa in isas]
         graph.compile("cxx", CSRC / "cpu" / "dispatch.cpp", have)
         defines = [f'-D{name}="{value}"' for name, value in facts.items()]
@@ -237,7 +241,9 @@ class NativeBuild(build_ext):
                 graph.compile("nvcc", source, [])
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         graph.compile("cxx", CSRC / "bindings.cpp", [*includes, *defines])
-        bundle = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        bundle = ["-shared"]
+        if sys.platform == "darwin":
+            bundle = ["-bundle", "-undefined", "dynamic_lookup"]
         graph.rule("link", [*compiler], depfile=False)
         graph.link(Path(filename), [*bundle, *openmp], cuda.link_flags() if cuda else [])
         graph.run()
@@ -258,7 +264,8 @@ def windows_extension_arguments() -> dict[str, list[object]]:
     import pybind11
 
     sources = [*(CSRC / "cpu").glob("*.cpp"), CSRC / "bindings.cpp"]
-    facts = {"PKT_COMPILER": "MSVC", "PKT_ISAS": "baseline", "PKT_CUDA_ARCHS": "", "PKT_CUDA_VERSION": ""}
+    facts = {"PKT_COMPILER": "MSVC", "PKT_ISAS": "baseline"}
+    facts |= {"PKT_CUDA_ARCHS": "", "PKT_CUDA_VERSION": ""}
     return {
         "sources": [str(path.relative_to(ROOT)) for path in sources],
         "include_dirs": [str(CSRC), pybind11.get_include()],

@@ -7,11 +7,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+#if defined(PKT_HAVE_CUDA)
+#include "cuda/cuda_kernels.h"
+#endif
 
 namespace py = pybind11;
 using pkt::Activation;
@@ -107,6 +111,51 @@ void inject(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
   pkt::kernels().inject(job);
 }
 
+#if defined(PKT_HAVE_CUDA)
+
+void raise_on(const char* failure) {
+  if (failure) throw std::runtime_error(std::string("CUDA: ") + failure);
+}
+
+void inject_cuda(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
+                 std::optional<std::uint64_t> seed, std::uintptr_t stream) {
+  const std::vector<pkt::Matrix> matrices = matrices_of(args);
+  pkt::Inject job{matrices.data(),
+                  std::int64_t(matrices.size()),
+                  static_cast<std::int64_t*>(writable(unchanged)),
+                  seed.has_value(),
+                  seed.value_or(0),
+                  1};
+  raise_on(pkt::cuda::inject(job, stream));
+}
+
+void capture_rows_pinned(std::uintptr_t out, int out_dtype, std::int64_t out_stride,
+                         std::uintptr_t index, std::int64_t count, std::int64_t rows,
+                         std::int64_t rows_per_batch, std::int64_t dim, int dtype,
+                         const ActivationArgs& value, const ActivationArgs& minus,
+                         const ActivationArgs& other, const ActivationArgs& other_minus,
+                         double lam, double scale, bool normalize, std::uintptr_t stream) {
+  pkt::CaptureRows job{writable(out),
+                       out_dtype,
+                       out_stride,
+                       static_cast<const std::int64_t*>(address(index)),
+                       count,
+                       dim,
+                       dtype,
+                       rows_per_batch,
+                       activation(value),
+                       activation(minus),
+                       activation(other),
+                       activation(other_minus),
+                       lam,
+                       scale,
+                       normalize,
+                       1};
+  raise_on(pkt::cuda::capture_rows_pinned(job, rows, stream));
+}
+
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = PKT_COMPILER;
@@ -142,4 +191,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("grad_x_act", &grad_x_act);
   m.def("row_cosine", &row_cosine);
   m.def("inject", &inject);
+#if defined(PKT_HAVE_CUDA)
+  m.def("inject_cuda", &inject_cuda);
+  m.def("capture_rows_pinned", &capture_rows_pinned);
+#endif
 }

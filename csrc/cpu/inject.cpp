@@ -19,14 +19,30 @@ constexpr int64_t kBlockBytes = int64_t(128) << 10;
 
 PKT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rows from … from + count − 1 of the factor (or its columns, when `by_column`), interleaved:
+// to[k·count + m].  Beyond the factor's `limit` rows: zeros.
+template <class Scalar, class T>
+void pack_as(const Factor& factor, bool by_column, int64_t from, int64_t count, int64_t limit,
+             int64_t rank, Scalar* to) {
+  const T* const data = static_cast<const T*>(factor.data);
+  const int64_t along = by_column ? factor.column_stride : factor.row_stride;
+  const int64_t step = by_column ? factor.row_stride : factor.column_stride;
+  for (int64_t k = 0; k < rank; ++k) {
+    for (int64_t m = 0; m < count; ++m) {
+      to[k * count + m] =
+          from + m < limit ? Scalar(widen(data[(from + m) * along + k * step])) : Scalar(0);
+    }
+  }
+}
+
 template <class Scalar>
-PKT_INLINE Scalar element(const Factor& factor, int64_t row, int64_t column) {
-  const int64_t at = row * factor.row_stride + column * factor.column_stride;
+void pack(const Factor& factor, bool by_column, int64_t from, int64_t count, int64_t limit,
+          int64_t rank, Scalar* to) {
   switch (factor.dtype) {
-    case kFloat32: return Scalar(static_cast<const float*>(factor.data)[at]);
-    case kFloat64: return Scalar(static_cast<const double*>(factor.data)[at]);
-    case kBFloat16: return Scalar(widen(static_cast<const bf16*>(factor.data)[at]));
-    default: return Scalar(widen(static_cast<const f16*>(factor.data)[at]));
+    case kFloat32: return pack_as<Scalar, float>(factor, by_column, from, count, limit, rank, to);
+    case kFloat64: return pack_as<Scalar, double>(factor, by_column, from, count, limit, rank, to);
+    case kBFloat16: return pack_as<Scalar, bf16>(factor, by_column, from, count, limit, rank, to);
+    default: return pack_as<Scalar, f16>(factor, by_column, from, count, limit, rank, to);
   }
 }
 
@@ -47,37 +63,36 @@ PKT_INLINE float stochastic(float x, uint32_t, const float*) { return x; }
 PKT_INLINE double stochastic(double x, uint32_t, const double*) { return x; }
 
 // Two vectors of one row: add s·delta, keep the old bits, count what did not change.
-template <class T, class Vector, class Scalar>
+template <bool kRandom, class T, class Vector, class Scalar>
 PKT_INLINE int64_t finish_row(T* w, T* backup, Vector first, Vector second, Vector scale,
                               const uint32_t* words) {
   constexpr int width = Vector::width;
-  const Vector old_first = load(w), old_second = load(w + width);
   if (backup) std::memcpy(backup, w, 2 * width * sizeof(T));
-  first = fma(first, scale, old_first);
-  second = fma(second, scale, old_second);
-  if (words) {
-    Scalar sums[2 * width];
-    T rounded[2 * width];
-    store(sums, first);
-    store(sums + width, second);
-    for (int i = 0; i < 2 * width; ++i) rounded[i] = stochastic(sums[i], words[i], w);
-    std::memcpy(w, rounded, sizeof rounded);
-  } else {
-    store(w, first);
-    store(w + width, second);
+  first = fma(first, scale, load(w));
+  second = fma(second, scale, load(w + width));
+  if (!kRandom) return exchange(w, first, second);
+  Scalar sums[2 * width];
+  T rounded[2 * width];
+  store(sums, first);
+  store(sums + width, second);
+  int64_t same = 0;
+  for (int i = 0; i < 2 * width; ++i) {
+    rounded[i] = stochastic(sums[i], words[i], w);
+    same += widen(rounded[i]) == widen(w[i]);
   }
-  return equal_lanes(load(w), old_first) + equal_lanes(load(w + width), old_second);
+  std::memcpy(w, rounded, sizeof rounded);
+  return same;
 }
 
 // The same for the last columns of a matrix, through a copy as wide as a panel.
-template <class T, class Vector, class Scalar>
+template <bool kRandom, class T, class Vector, class Scalar>
 int64_t finish_tail(T* w, T* backup, Vector first, Vector second, Vector scale,
                     const uint32_t* words, int64_t columns) {
   constexpr int wide = 2 * Vector::width;
   T copy[wide], old[wide];
   std::memset(copy, 0, sizeof copy);
   std::memcpy(copy, w, size_t(columns) * sizeof(T));
-  finish_row<T, Vector, Scalar>(copy, old, first, second, scale, words);
+  finish_row<kRandom, T, Vector, Scalar>(copy, old, first, second, scale, words);
   int64_t same = 0;
   for (int64_t i = 0; i < columns; ++i) same += widen(copy[i]) == widen(old[i]);
   std::memcpy(w, copy, size_t(columns) * sizeof(T));
@@ -85,9 +100,9 @@ int64_t finish_tail(T* w, T* backup, Vector first, Vector second, Vector scale,
   return same;
 }
 
-// kRows × two vectors of W, or fewer at its edges.
-template <class T, class Vector, class Scalar>
-PKT_INLINE int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride,
+// kRows × two vectors of W, or fewer at its edges (kWhole false).
+template <bool kRandom, bool kWhole, class T, class Vector, class Scalar>
+int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride,
                                const Scalar* left, const Scalar* right, int64_t rank, Scalar scale,
                                const uint32_t* words, int64_t words_stride, int64_t rows,
                                int64_t columns, const T* next) {
@@ -106,19 +121,20 @@ PKT_INLINE int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_s
   const Vector s = splat(scale);
   int64_t same = 0;
   for (int m = 0; m < kRows; ++m) {
-    if (m >= rows) break;
+    if (!kWhole && m >= rows) break;
     PKT_PREFETCH(next + m * stride);
     T* const row = w + m * stride;
     T* const kept = backup ? backup + m * backup_stride : nullptr;
-    const uint32_t* const random = words ? words + m * words_stride : nullptr;
-    same += columns >= wide
-                ? finish_row<T, Vector, Scalar>(row, kept, first[m], second[m], s, random)
-                : finish_tail<T, Vector, Scalar>(row, kept, first[m], second[m], s, random, columns);
+    const uint32_t* const random = kRandom ? words + m * words_stride : nullptr;
+    same += kWhole || columns >= wide
+                ? finish_row<kRandom, T, Vector, Scalar>(row, kept, first[m], second[m], s, random)
+                : finish_tail<kRandom, T, Vector, Scalar>(row, kept, first[m], second[m], s, random,
+                                                          columns);
   }
   return same;
 }
 
-template <class T>
+template <bool kRandom, class T>
 void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
   using Vector = typename Math<T>::Vector;
   using Scalar = typename Math<T>::Scalar;
@@ -138,27 +154,14 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
   {
 #pragma omp for schedule(static) nowait
     for (int64_t group = 0; group < groups; ++group) {
-      for (int64_t k = 0; k < rank; ++k) {
-        for (int m = 0; m < kRows; ++m) {
-          const int64_t row = group * kRows + m;
-          left[(group * rank + k) * kRows + m] =
-              row < rows ? element<Scalar>(matrix.left, row, k) : Scalar(0);
-        }
-      }
+      pack(matrix.left, false, group * kRows, kRows, rows, rank, left + group * rank * kRows);
     }
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int64_t k = 0; k < rank; ++k) {
-        for (int64_t i = 0; i < wide; ++i) {
-          const int64_t column = panel * wide + i;
-          right[(panel * rank + k) * wide + i] =
-              column < columns ? element<Scalar>(matrix.right, k, column) : Scalar(0);
-        }
-      }
+      pack(matrix.right, true, panel * wide, wide, columns, rank, right + panel * rank * wide);
     }
     const int64_t words_stride = block * wide;
-    const bool random = job.stochastic && sizeof(T) == 2;
-    uint32_t* const words = random ? new uint32_t[kRows * words_stride] : nullptr;
+    uint32_t* const words = kRandom ? new uint32_t[kRows * words_stride] : nullptr;
     int64_t same = 0;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -168,7 +171,7 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
         const int64_t to = from + block < panels ? from + block : panels;
         for (int64_t row = top; row < bottom; row += kRows) {
           const int64_t here = bottom - row < kRows ? bottom - row : kRows;
-          if (words) {
+          if (kRandom) {
             for (int64_t m = 0; m < here; ++m) {
               for (int64_t quad = 0; quad < (to - from) * wide / 4; ++quad) {
                 philox(job.seed, uint32_t(from * wide / 4 + quad), uint32_t(row + m), number,
@@ -182,11 +185,13 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
                                 : nullptr;
           for (int64_t panel = from; panel < to; ++panel) {
             const int64_t column = panel * wide;
-            same += update_tile<T, Vector, Scalar>(
+            const bool whole = here == kRows && columns - column >= wide;
+            same += (whole ? update_tile<kRandom, true, T, Vector, Scalar>
+                           : update_tile<kRandom, false, T, Vector, Scalar>)(
                 w + column, matrix.stride, backup ? backup + column : nullptr,
                 matrix.backup_stride, left + row / kRows * rank * kRows,
                 right + panel * rank * wide, rank, Scalar(matrix.scale),
-                words ? words + (column - from * wide) : nullptr, words_stride, here,
+                kRandom ? words + (column - from * wide) : nullptr, words_stride, here,
                 columns - column, w + column + (row + kRows < bottom ? kRows * matrix.stride : 0));
           }
         }
@@ -207,10 +212,16 @@ void inject(const Inject& job) {
   for (int64_t g = 0; g < job.count; ++g) {
     const Matrix& matrix = job.matrices[g];
     if (matrix.rows == 0 || matrix.columns == 0) continue;
-    if (matrix.dtype == kFloat32) inject_matrix<float>(matrix, job, uint32_t(g));
-    if (matrix.dtype == kFloat64) inject_matrix<double>(matrix, job, uint32_t(g));
-    if (matrix.dtype == kBFloat16) inject_matrix<bf16>(matrix, job, uint32_t(g));
-    if (matrix.dtype == kFloat16) inject_matrix<f16>(matrix, job, uint32_t(g));
+    const uint32_t number = uint32_t(g);
+    const bool random = job.stochastic;  // float32 and float64 lose nothing worth randomising
+    if (matrix.dtype == kFloat32) inject_matrix<false, float>(matrix, job, number);
+    if (matrix.dtype == kFloat64) inject_matrix<false, double>(matrix, job, number);
+    if (matrix.dtype == kBFloat16) {
+      (random ? inject_matrix<true, bf16> : inject_matrix<false, bf16>)(matrix, job, number);
+    }
+    if (matrix.dtype == kFloat16) {
+      (random ? inject_matrix<true, f16> : inject_matrix<false, f16>)(matrix, job, number);
+    }
   }
 }
 

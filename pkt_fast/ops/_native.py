@@ -1,4 +1,4 @@
-"""What the native implementations share: dtype codes, thread counts, operands fit for raw addresses."""
+"""What the native implementations share: dtype codes, thread counts, checks of memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BYTES_PER_THREAD = 1 << 17
 
 
 def native_kernel(name: str) -> Callable[..., Any] | None:
-    """A function of the extension; None without the extension, or with one built before it existed."""
+    """A function of the extension; None without one, or with one built before it existed."""
     return getattr(native_module(), name, None)
 
 
@@ -49,3 +49,13 @@ def may_overlap(x: Tensor, y: Tensor) -> bool:
 def accumulator(*operands: Tensor) -> torch.dtype:
     """The dtype of reductions over ``operands``: float64 when one of them is, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
+
+
+def cuda_kernel(name: str) -> Callable[..., Any] | None:
+    """A CUDA function of the extension; None where torch does not drive NVIDIA GPUs."""
+    return native_kernel(name) if torch.version.cuda else None
+
+
+def up_to_32_bits(*operands: Any) -> bool:
+    """Whether no operand is float64, which the Triton kernels leave to the reference."""
+    return all(not isinstance(x, Tensor) or x.dtype != torch.float64 for x in operands)

@@ -1,14 +1,16 @@
 """Which implementation of an op runs where.
 
 Every op of :mod:`pkt_fast.ops` has one schema (``torch.library``, namespace ``pkt_fast``) and up to
-three implementations with the same signature:
+four implementations with the same signature:
 
 ``reference``  plain PyTorch, built from :mod:`pkt_fast.reference`; any device, any dtype
 ``native``     CPU: the C++ extension, or a composition around a single library GEMM
 ``triton``     GPU: a kernel of :mod:`pkt_fast.kernels` (CPU tensors under ``TRITON_INTERPRET=1``)
+``cuda``       NVIDIA GPU: the CUDA part of the extension, for what Triton says badly
 
-``auto`` takes Triton for GPU tensors and native for CPU tensors, and the reference where neither
-exists.  A fallback is logged once per op.
+``auto`` takes native for CPU tensors, cuda and then Triton for GPU tensors, and the reference where
+none of them can.  For GPU tensors the preference "native" means cuda.  A fallback to the reference
+is logged once per op.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ _reported: set[tuple[str, str]] = set()
 
 def _checked(name: str, where: str) -> str:
     if name not in BACKENDS:
-        raise BackendError(f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+        raise BackendError(
+            f"{where}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}"
+        )
     return name
 
 
@@ -75,9 +79,9 @@ class BackendSetting(str):
 def backend(name: str | None = None) -> BackendSetting:
     """Return the backend preference, after setting it to ``name`` when one is given.
 
-    ``name`` is "auto", "reference", "native" or "triton".  Used in a ``with`` statement, the previous
-    preference comes back at its end.  The environment variable ``PKT_FAST_BACKEND`` sets the initial
-    preference.  Raises :class:`~pkt_fast.errors.BackendError` for any other name.
+    ``name`` is "auto", "reference", "native" or "triton".  Used in a ``with`` statement, the
+    previous preference comes back at its end.  The environment variable ``PKT_FAST_BACKEND`` sets
+    the initial preference.  Raises :class:`~pkt_fast.errors.BackendError` for any other name.
     """
     global _preference
     previous = _preference
@@ -144,8 +148,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _device_backend(device: torch.device) -> str:
-    return "native" if device.type == "cpu" else "triton"
+def _candidates(device: torch.device) -> tuple[str, ...]:
+    """What the preference in force allows on ``device``, best first."""
+    if _preference == "auto":
+        return ("native",) if device.type == "cpu" else ("cuda", "triton")
+    if _preference == "native" and device.type != "cpu":
+        return ("cuda",)
+    return (_preference,)
 
 
 def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) -> bool:
@@ -153,7 +162,7 @@ def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) 
         return False
     if name == "triton" and device.type == "cpu" and not triton_interpreted():
         return False
-    if name == "native" and device.type != "cpu":
+    if name in ("native", "cuda") and (name == "native") != (device.type == "cpu"):
         return False
     supports = entry.supports.get(name)
     return supports is None or supports(*args)
@@ -162,9 +171,10 @@ def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) 
 def select(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> str:
     """The name of the implementation that serves ``op`` for ``args`` on ``device``."""
     entry = _ops[op]
-    wanted = _device_backend(device) if _preference == "auto" else _preference
-    if _usable(entry, wanted, device, args):
-        return wanted
+    candidates = _candidates(device)
+    for name in candidates:
+        if _usable(entry, name, device, args):
+            return name
     if _preference not in ("auto", "reference"):
         have = ", ".join(sorted(entry.implementations))
         raise BackendError(
@@ -174,7 +184,7 @@ def select(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> str:
     if (op, device.type) not in _reported:
         _reported.add((op, device.type))
         logger.info("%s on %s: no %s implementation for this input, using reference",
-                    op, device.type, wanted)
+                    op, device.type, " or ".join(candidates))
     return "reference"
 
 
@@ -185,11 +195,13 @@ def dispatch(op: str, like: Tensor, *args: Any) -> Any:
 
 def served_by() -> dict[str, dict[str, str]]:
     """For every op, the implementation that ``auto`` takes on "cpu" and on "cuda" (for reports)."""
-    table: dict[str, dict[str, str]] = {}
-    for op, entry in sorted(_ops.items()):
-        table[op] = {
-            device: wanted if (wanted := _device_backend(torch.device(device)))
-            in entry.implementations else "reference"
-            for device in ("cpu", "cuda")
+    return {
+        op: {
+            device: next(name for name in names if name in entry.implementations)
+            for device, names in (
+                ("cpu", ("native", "reference")),
+                ("cuda", ("cuda", "triton", "reference")),
+            )
         }
-    return table
+        for op, entry in sorted(_ops.items())
+    }

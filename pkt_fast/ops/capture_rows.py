@@ -1,4 +1,4 @@
-"""Capture: gather rows, subtract, interpolate, normalise, cast and store, in one read and one write.
+"""Capture: gather rows, subtract, interpolate, normalise, cast: one read and one write.
 
 out[offset + n] = cast(unit?(s·((1−λ)(value − minus) + λ(other − other_minus))[index[n]]))
 """
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import ShapeError
+from ..errors import BackendError, ShapeError
 from ._native import (
     DTYPE_CODES,
+    cuda_kernel,
     may_overlap,
     native_kernel,
     rows_contiguous,
     threads_for,
+    up_to_32_bits,
 )
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -45,12 +47,15 @@ def capture_rows(
     """Write rows ``index`` of the combined activations to ``out[offset : offset + N]``.
 
     ``value`` and, where given, ``minus``, ``other``, ``other_minus`` are (R, D) or (B, T, D) of one
-    shape; ``index`` (N,) int64 counts rows of the flattened (B·T, D); ``out`` is (M, D) in any float
-    dtype.  With ``normalize`` every row gets unit length; a zero row stays zero.  Not differentiable.
+    shape; ``index`` (N,) int64 counts rows of the flattened (B·T, D); ``out`` is (M, D) in any
+    float dtype.  With ``normalize`` every row gets unit length; a zero row stays zero.  Not
+    differentiable.
 
     Raises :class:`~pkt_fast.errors.ShapeError` when shapes, dtypes or devices do not fit, when an
     index lies outside the rows, when ``out`` has no room, or when it shares memory with an input.
-    On a GPU the index is not checked, which would mean waiting for the device.
+    On a GPU the index is not checked, which would mean waiting for the device.  From a GPU into
+    pinned host memory the rows travel on a side stream: :func:`synchronize_captures` waits for
+    them, and a row whose index is out of range is NaN.
     """
     _capture_rows(
         out, offset, index, value, minus, other, other_minus, lam, scale, normalize
@@ -61,10 +66,13 @@ def _check(
     out: Tensor, offset: int, index: Tensor, value: Tensor, companions: tuple[Tensor | None, ...]
 ) -> None:
     if value.dim() not in (2, 3):
-        raise ShapeError(f"capture_rows: value is {tuple(value.shape)}; expected (R, D) or (B, T, D)")
+        raise ShapeError(
+            f"capture_rows: value is {tuple(value.shape)}; expected (R, D) or (B, T, D)"
+        )
     if index.dim() != 1 or index.dtype != torch.int64:
         raise ShapeError(
-            f"capture_rows: index is {index.dtype} of shape {tuple(index.shape)}; expected int64 (N,)"
+            f"capture_rows: index is {index.dtype} of shape {tuple(index.shape)}; "
+            "expected int64 (N,)"
         )
     if out.dim() != 2 or out.shape[1] != value.shape[-1]:
         raise ShapeError(
@@ -78,7 +86,7 @@ def _check(
     for x in (out, value):
         if not x.is_floating_point():
             raise ShapeError(f"capture_rows: {x.dtype} is not a float dtype")
-    minus, other, other_minus = companions
+    _, other, other_minus = companions
     if other_minus is not None and other is None:
         raise ShapeError("capture_rows: other_minus is given without other")
     for x in companions:
@@ -134,7 +142,8 @@ torch.library.register_fake("pkt_fast::capture_rows", _fake, lib=_library)
 
 def _out_of_range(position: int, index: Tensor, rows: int) -> ShapeError:
     return ShapeError(
-        f"capture_rows: index[{position}] is {int(index[position])}, outside the {rows} rows of value"
+        f"capture_rows: index[{position}] is {int(index[position])}, outside the {rows} rows "
+        "of value"
     )
 
 
@@ -232,4 +241,72 @@ if (_native_capture_rows := native_kernel("capture_rows")) is not None:
             raise _out_of_range(wrong, index, rows)
 
 
-triton_implementation("capture_rows", "capture_rows")
+# --------------------------------------------------------------------------- CUDA, to pinned memory
+
+_side_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def synchronize_captures() -> None:
+    """Wait for captures into pinned host memory; call it before reading the rows."""
+    for stream in _side_streams.values():
+        stream.synchronize()
+
+
+def _cuda_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:
+    """From a GPU into pinned host memory, up to 32 bits wide."""
+    return (
+        {out.dtype, value.dtype} <= DTYPE_CODES.keys() - {torch.float64}
+        and all(x is None or x.dtype == value.dtype for x in rest[:3])
+        and out.device.type == "cpu"
+        and out.is_pinned()
+        and out.stride(1) == 1
+    )
+
+
+if (_capture_rows_pinned := cuda_kernel("capture_rows_pinned")) is not None:
+
+    @implementation("capture_rows", "cuda", supports=_cuda_takes)
+    def _capture_rows_cuda(
+        out: Tensor,
+        offset: int,
+        index: Tensor,
+        value: Tensor,
+        minus: Tensor | None,
+        other: Tensor | None,
+        other_minus: Tensor | None,
+        lam: float,
+        scale: float,
+        normalize: bool,
+    ) -> None:
+        """On a side stream: the model's next layer runs while the rows cross the bus."""
+        device = value.device
+        index = index.to(device, non_blocking=True).contiguous()
+        value = rows_contiguous(value)
+        minus, other, other_minus = (
+            None if x is None else rows_contiguous(x) for x in (minus, other, other_minus)
+        )
+        side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.device(device):
+            try:
+                _capture_rows_pinned(
+                    out.data_ptr() + offset * out.stride(0) * out.element_size(),
+                    DTYPE_CODES[out.dtype], out.stride(0), index.data_ptr(), index.shape[0],
+                    value.shape[:-1].numel(), max(value.shape[-2], 1), value.shape[-1],
+                    DTYPE_CODES[value.dtype], _activation(value), _activation(minus),
+                    _activation(other), _activation(other_minus), lam, scale, normalize,
+                    side.cuda_stream,
+                )
+            except RuntimeError as error:
+                raise BackendError(f"capture_rows on {device}: {error}") from error
+        for x in (index, value, minus, other, other_minus):
+            if x is not None:
+                x.record_stream(side)
+
+
+def _triton_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:
+    """Rows that stay on the device of the activations, up to 32 bits wide."""
+    return out.device == value.device and up_to_32_bits(out, value, *rest)
+
+
+triton_implementation("capture_rows", "capture_rows", supports=_triton_takes)

@@ -15,6 +15,7 @@ from ._native import (
     native_kernel,
     rows_contiguous,
     threads_for,
+    up_to_32_bits,
 )
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -104,4 +105,4 @@ if (_native_grad_x_act := native_kernel("grad_x_act")) is not None:
         return signed.clone(), absolute.clone()
 
 
-triton_implementation("grad_x_act", "grad_x_act")
+triton_implementation("grad_x_act", "grad_x_act", supports=up_to_32_bits)

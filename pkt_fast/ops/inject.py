@@ -1,25 +1,28 @@
 """Inject a low-rank change into a list of matrices in place: W += s·B·A, rounded once.
 
 Accumulation is in float32 (float64 for float64 weights).  With a seed, 16-bit weights are rounded
-stochastically, right on average and the same on every backend.  Element (i, j) of matrix g, as it is
-stored, draws output word ``j % 4`` of Philox-4x32-10 with key (seed low, seed high) and counter
-(j // 4, i, g, 0).  With x = lo + f·(hi − lo) between neighbours of the weight's dtype, |lo| <= |x| <
-|hi|, the element becomes hi where ``(word >> 8) / 2²⁴ < f``, else lo.
+stochastically, right on average and with the same random words on every backend.  Element (i, j)
+of matrix g, as it is stored, draws output word ``j % 4`` of Philox-4x32-10 with key (seed low, seed
+high) and counter (j // 4, i, g, 0).  With x = lo + f·(hi − lo) between neighbours of the weight's
+dtype, |lo| <= |x| < |hi|, the element becomes hi where ``(word >> 8) / 2²⁴ < f``, else lo.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import ShapeError
+from ..errors import BackendError, ShapeError
 from ._native import (
     DTYPE_CODES,
     accumulator,
     bytes_spanned,
+    cuda_kernel,
     may_overlap,
     native_kernel,
     threads_for,
@@ -50,11 +53,13 @@ def inject_(
     ``seed`` (0 <= seed < 2⁶³) rounds bfloat16 and float16 weights stochastically.  Returns int64
     counts (len(weights),).  Not differentiable.
 
-    Raises :class:`~pkt_fast.errors.ShapeError`, before any weight is changed, when the lists, shapes,
-    dtypes or devices do not fit, or when a weight shares memory with anything else written or read.
+    Raises :class:`~pkt_fast.errors.ShapeError`, before any weight is changed, when the lists,
+    shapes, dtypes or devices do not fit, or when a weight shares memory with anything else written
+    or read.
     """
     return _inject(
-        list(weights), list(lora_a), list(lora_b), list(scales), list(transposed), list(backups), seed
+        list(weights), list(lora_a), list(lora_b), list(scales), list(transposed),
+        list(backups), seed,
     )
 
 
@@ -71,38 +76,38 @@ def _check(
     lengths = {len(x) for x in (lora_a, lora_b, scales, transposed)}
     if lengths != {count} or len(backups) not in (0, count):
         raise ShapeError(
-            f"inject_: {count} weights, but {len(lora_a)} lora_a, {len(lora_b)} lora_b, {len(scales)} "
-            f"scales, {len(transposed)} transposed, {len(backups)} backups (or none)"
+            f"inject_: {count} weights, but {len(lora_a)} lora_a, {len(lora_b)} lora_b, "
+            f"{len(scales)} scales, {len(transposed)} transposed, {len(backups)} backups (or none)"
         )
     if seed is not None and not 0 <= seed < 1 << 63:
         raise ShapeError(f"inject_: seed {seed} is not in [0, 2**63)")
     for g, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
         if not (weight.dim() == a.dim() == b.dim() == 2):
-            raise ShapeError(f"inject_: matrix {g}: weight, lora_a and lora_b must be 2-dimensional")
+            raise ShapeError(f"inject_: matrix {g}: weight, lora_a and lora_b must be matrices")
         shape = weight.shape[::-1] if transposed[g] else weight.shape
         if shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
             raise ShapeError(
-                f"inject_: matrix {g}: weight {tuple(weight.shape)} (transposed: {transposed[g]}) does "
-                f"not fit lora_b {tuple(b.shape)} times lora_a {tuple(a.shape)}"
+                f"inject_: matrix {g}: weight {tuple(weight.shape)} (transposed: {transposed[g]}) "
+                f"does not fit lora_b {tuple(b.shape)} times lora_a {tuple(a.shape)}"
             )
         if any(not x.is_floating_point() for x in (weight, a, b)):
-            raise ShapeError(f"inject_: matrix {g}: weight, lora_a and lora_b must be float tensors")
+            raise ShapeError(f"inject_: matrix {g}: weight, lora_a and lora_b must be floats")
         if a.device != weight.device or b.device != weight.device:
             raise ShapeError(
-                f"inject_: matrix {g}: weight is on {weight.device}, lora_a on {a.device}, lora_b on "
-                f"{b.device}"
+                f"inject_: matrix {g}: weight is on {weight.device}, lora_a on {a.device}, "
+                f"lora_b on {b.device}"
             )
     for g, (weight, backup) in enumerate(zip(weights, backups, strict=False)):
         if (backup.shape, backup.dtype, backup.device) != (
             weight.shape, weight.dtype, weight.device,
         ):
-            raise ShapeError(f"inject_: backup {g} differs from its weight in shape, dtype or device")
+            raise ShapeError(f"inject_: backup {g} has not its weight's shape, dtype and device")
     _check_disjoint([*weights, *backups], [*lora_a, *lora_b])
 
 
 def _check_disjoint(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
     spans = sorted((x.device.type, x.device.index or 0, *bytes_spanned(x)) for x in written)
-    for left, right in zip(spans, spans[1:], strict=False):
+    for left, right in pairwise(spans):
         if left[:2] == right[:2] and right[2] < left[3]:
             raise ShapeError("inject_: weights and backups must not share memory")
     if any(may_overlap(x, y) for x in written for y in read):
@@ -157,7 +162,7 @@ def _mulhilo(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def philox_words(seed: int, matrix: int, rows: int, columns: int) -> Tensor:
-    """The random 32-bit word of every element of matrix number ``matrix``: (rows, columns) int64."""
+    """The random 32-bit word of every element of matrix ``matrix``: (rows, columns) int64."""
     quads = -(-columns // 4)
     c0 = torch.arange(quads).expand(rows, quads)
     c1 = torch.arange(rows)[:, None].expand(rows, quads)
@@ -217,17 +222,47 @@ def _inject_reference(
     return torch.stack(unchanged)
 
 
-# --------------------------------------------------------------------------- native
+# --------------------------------------------------------------------------- native and CUDA
 
 
-def _native_takes(
-    weights: Sequence[Tensor], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
-    scales: Sequence[float], transposed: Sequence[bool], backups: Sequence[Tensor], seed: int | None,
-) -> bool:
+def _rows_contiguous(x: Tensor) -> bool:
+    return x.stride(1) == 1 or x.shape[1] <= 1
+
+
+def _native_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
     """Everything on the CPU, rows of weights and backups contiguous."""
+    lora_a, lora_b, _, _, backups, _ = rest
     return all(
         x.dtype in DTYPE_CODES and x.device.type == "cpu" for x in (*weights, *lora_a, *lora_b)
-    ) and all(x.stride(1) == 1 or x.shape[1] <= 1 for x in (*weights, *backups))
+    ) and all(map(_rows_contiguous, (*weights, *backups)))
+
+
+def _cuda_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
+    """Everything on one GPU, no float64 weights, rows of weights and backups contiguous."""
+    lora_a, lora_b, _, _, backups, _ = rest
+    return (
+        all(x.dtype in DTYPE_CODES for x in (*lora_a, *lora_b))
+        and all(
+            x.dtype in DTYPE_CODES and x.dtype != torch.float64 and x.device == weights[0].device
+            for x in weights
+        )
+        and all(map(_rows_contiguous, (*weights, *backups)))
+    )
+
+
+def _described(
+    weight: Tensor, a: Tensor, b: Tensor, scale: float, transposed: bool, backup: Tensor | None
+) -> tuple[Any, ...]:
+    """``pkt::Matrix``: W += s·left·right; for a transposed weight the factors trade places."""
+    left, right = (a.T, b.T) if transposed else (b, a)
+    return (
+        (weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape, weight.stride(0)),
+        (left.data_ptr(), DTYPE_CODES[left.dtype], *left.stride()),
+        (right.data_ptr(), DTYPE_CODES[right.dtype], *right.stride()),
+        left.shape[1],
+        (0, 0) if backup is None else (backup.data_ptr(), backup.stride(0)),
+        scale,
+    )
 
 
 if (_native_inject := native_kernel("inject")) is not None:
@@ -243,23 +278,44 @@ if (_native_inject := native_kernel("inject")) is not None:
         seed: int | None,
     ) -> Tensor:
         unchanged = torch.zeros(len(weights), dtype=torch.int64)
-        matrices = []
-        for g, (weight, a, b) in enumerate(zip(weights, lora_a, lora_b, strict=True)):
-            # W += s·left·right; for a transposed weight the factors trade places.
-            left, right = (a.T, b.T) if transposed[g] else (b, a)
-            backup = backups[g] if backups else None
-            matrices.append((
-                (weight.data_ptr(), DTYPE_CODES[weight.dtype], weight.shape[0], weight.shape[1],
-                 weight.stride(0)),
-                (left.data_ptr(), DTYPE_CODES[left.dtype], *left.stride()),
-                (right.data_ptr(), DTYPE_CODES[right.dtype], *right.stride()),
-                left.shape[1],
-                (0, 0) if backup is None else (backup.data_ptr(), backup.stride(0)),
-                scales[g],
-            ))
-        moved = sum(weight.numel() * weight.element_size() for weight in weights)
-        _native_inject(matrices, unchanged.data_ptr(), seed, threads_for(2 * moved))
+        kept = backups or [None] * len(weights)
+        matrices = list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
+        moved = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+        _native_inject(matrices, unchanged.data_ptr(), seed, threads_for(moved))
         return unchanged
 
 
-triton_implementation("inject_", "inject")
+if (_cuda_inject := cuda_kernel("inject_cuda")) is not None:
+
+    @implementation("inject_", "cuda", supports=_cuda_takes)
+    def _inject_cuda(
+        weights: Sequence[Tensor],
+        lora_a: Sequence[Tensor],
+        lora_b: Sequence[Tensor],
+        scales: Sequence[float],
+        transposed: Sequence[bool],
+        backups: Sequence[Tensor],
+        seed: int | None,
+    ) -> Tensor:
+        device = weights[0].device
+        unchanged = torch.zeros(len(weights), dtype=torch.int64, device=device)
+        kept = backups or [None] * len(weights)
+        matrices = list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            try:
+                _cuda_inject(matrices, unchanged.data_ptr(), seed, stream)
+            except RuntimeError as error:
+                raise BackendError(f"inject_ on {device}: {error}") from error
+        return unchanged
+
+
+def _triton_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
+    """Up to 32 bits wide, rows of weights and backups contiguous."""
+    lora_a, lora_b, _, _, backups, _ = rest
+    return all(x.dtype != torch.float64 for x in (*weights, *lora_a, *lora_b)) and all(
+        map(_rows_contiguous, (*weights, *backups))
+    )
+
+
+triton_implementation("inject_", "inject", supports=_triton_takes)

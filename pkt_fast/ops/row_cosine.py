@@ -21,6 +21,7 @@ from ._native import (
     native_kernel,
     rows_contiguous,
     threads_for,
+    up_to_32_bits,
 )
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -48,7 +49,7 @@ def row_cosine(x: Tensor, y: Tensor) -> Tensor:
 def row_cosine_with_grad(
     x: Tensor, y: Tensor, grad_x: bool, grad_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (N,), ∂c/∂x and ∂c/∂y (N, D) in the operands' dtypes; a gradient not wanted is (0,)."""
+    """Cosines (N,), ∂c/∂x and ∂c/∂y (N, D) in the operands' dtypes; (0,) where not wanted."""
     return _with_grad(x, y, grad_x, grad_y)
 
 
@@ -150,4 +151,4 @@ if (_native_row_cosine := native_kernel("row_cosine")) is not None:
         return cosines, dx, dy
 
 
-triton_implementation("row_cosine_with_grad", "row_cosine")
+triton_implementation("row_cosine_with_grad", "row_cosine", supports=up_to_32_bits)
