@@ -202,6 +202,11 @@ _half_kernel = _tuned(_HALF_TILES)
 _float_kernel = _tuned(_FLOAT_TILES)
 
 
+def _operand(x: Tensor) -> Tensor:
+    """``x`` with contiguous channels and rows close enough for 32-bit offsets within a tile."""
+    return row_major(x) if x.stride(0) < 1 << 23 else x.contiguous()
+
+
 def _launch(
     hidden: Sequence[Tensor], matrix: Sequence[Tensor], out: Sequence[Tensor], normalize: bool
 ) -> None:
@@ -259,7 +264,7 @@ def align_rows_grouped(
             launches[(*m.shape, h.dtype)].append(g)
     for groups in launches.values():
         _launch(
-            [row_major(hidden[g]) for g in groups],
+            [_operand(hidden[g]) for g in groups],
             [matrix[g].contiguous() for g in groups],
             [out[g] for g in groups],
             normalize,

@@ -1,0 +1,119 @@
+"""Pieces of the kernels that stream a vocabulary: logit tiles, softcaps, row scales, workspaces.
+
+Several kernels need logits twice: once for the normaliser of a row, once for what is done with them.
+They compute the tile again rather than keep N×V numbers; a gradient with respect to the logits is
+written for a bounded run of labels and multiplied by the head's rows with a library product, which
+is deterministic and needs no accumulator of N×D registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import TRITON_DTYPE, dot_precision, power_of_two_scale
+
+WORKSPACE_BYTES = 64 << 20
+SMALLEST_CHUNK = 1024
+
+
+def label_chunks(rows: int, labels: int, element_size: int) -> Iterator[slice]:
+    """Runs of labels whose (rows, run) workspace stays within the budget, at least 1,024 long."""
+    fit = WORKSPACE_BYTES // max(1, rows * element_size) // SMALLEST_CHUNK * SMALLEST_CHUNK
+    step = max(SMALLEST_CHUNK, fit)
+    for start in range(0, labels, step):
+        yield slice(start, min(start + step, labels))
+
+
+def workspace_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """bfloat16 where both are; float32 otherwise: float16 has no room for small probabilities."""
+    same = hidden.dtype == head.dtype == torch.bfloat16
+    return torch.bfloat16 if same else torch.float32
+
+
+def operands(x: torch.dtype, y: torch.dtype) -> dict[str, object]:
+    """Constants of a tile product: whether to widen the operands first, and how to multiply."""
+    wide = x != y or x == torch.float32
+    return {"WIDE": wide, "PRECISION": dot_precision() if wide else "ieee"}
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a storage dtype."""
+    return TRITON_DTYPE[dtype]
+
+
+@triton.jit
+def product_tile(
+    X,
+    W,
+    scale,
+    first_x,
+    first_w,
+    rows,
+    labels,
+    width,
+    stride_x,
+    stride_w,
+    SCALED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(scale·X)·Wᵀ for BLOCK_N rows of X and BLOCK_V rows of W.
+
+    Addresses are a 64-bit origin and 32-bit offsets within the tile.  Rows past the end re-read the
+    last one, which costs no mask; the caller drops them.
+    """
+    col = tl.arange(0, BLOCK_K)
+    at_x = tl.minimum(tl.arange(0, BLOCK_N), rows - 1 - first_x)[:, None] * stride_x + col[None, :]
+    at_w = tl.minimum(tl.arange(0, BLOCK_V), labels - 1 - first_w)[:, None] * stride_w + col[None, :]
+    X += tl.cast(first_x, tl.int64) * stride_x
+    W += tl.cast(first_w, tl.int64) * stride_w
+    product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for k in range(0, width, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(X + k + at_x)
+            w = tl.load(W + k + at_w)
+        else:
+            keep = (k + col < width)[None, :]
+            x = tl.load(X + k + at_x, mask=keep, other=0.0)
+            w = tl.load(W + k + at_w, mask=keep, other=0.0)
+        if SCALED:
+            x = (x.to(tl.float32) * scale[:, None]).to(x.dtype)
+        if WIDE or INTERPRETED:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32's relative precision; a series near zero, where 1 − e⁻²ˣ cancels."""
+    size = tl.abs(x)
+    small = tl.where(size < 0.1, x, 0.0)
+    square = small * small
+    series = small * (1.0 + square * (-0.3333333333 + square * (0.1333333333 - square * 0.053968254)))
+    decay = tl.exp(-2.0 * size)
+    ratio = (1.0 - decay) / (1.0 + decay)
+    return tl.where(size < 0.1, series, tl.where(x < 0, -ratio, ratio))
+
+
+@triton.jit
+def row_scale(X, row, keep, width, stride, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The power of two that brings the largest element of each row near 1."""
+    col = tl.arange(0, BLOCK_D)
+    largest = tl.zeros((BLOCK_N,), tl.float32)
+    for d in range(0, width, BLOCK_D):
+        mask = keep[:, None] & (d + col < width)[None, :]
+        x = tl.load(X + row[:, None] * stride + (d + col)[None, :], mask=mask, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), 1))
+    return power_of_two_scale(largest)
