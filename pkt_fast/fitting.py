@@ -27,7 +27,7 @@ class PairedMoments:
 
     def __init__(self, width_x: int, width_y: int, device: torch.device | str = "cpu") -> None:
         def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
+            return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count = 0
         self.mean_x, self.mean_y = zeros(width_x), zeros(width_y)
@@ -67,9 +67,9 @@ class Affine:
         return Affine(self.matrix @ first.matrix, self.matrix @ first.offset + self.offset)
 
     def inverse(self, strength: float, about: Tensor) -> Affine:
-        """argmin over x of ‖matrix·x + offset − y‖² + λ‖x − about‖², as a map of y.
+        """The map of y to argmin over x of ‖matrix·x + offset − y‖² + λ‖x − about‖².
 
-        λ = ``strength``·tr(matrixᵀmatrix)/p.  Directions the map hardly uses stay at ``about`` (p,).
+        λ = ``strength``·tr(matrixᵀmatrix)/p.  Directions the map hardly uses stay at ``about``.
         """
         gram = self.matrix.T @ self.matrix
         inverse = solve_ridge(gram, self.matrix.T, strength)
@@ -90,7 +90,7 @@ def solve_ridge(gram: Tensor, right: Tensor, strength: float) -> Tensor:
 
 
 def fit_ridge(moments: PairedMoments, strength: float) -> Affine:
-    """argmin over M, c of Σ‖M·x + c − y‖² + λ‖M‖², λ = ``strength``·tr(Σ x_c·x_cᵀ)/p."""
+    """M, c that minimise Σ‖M·x + c − y‖² + λ‖M‖², λ = ``strength``·tr(Σ x_c·x_cᵀ)/p."""
     matrix = solve_ridge(moments.xx, moments.xy, strength).T
     return Affine(matrix, moments.mean_y - matrix @ moments.mean_x)
 

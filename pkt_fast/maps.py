@@ -19,19 +19,22 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy
 from .capture import Wanted
-from .config import TransferConfig
+from .config import ALIGNED_OBJECTIVES, TransferConfig
 from .errors import ConfigError, VocabularyError
 from .fitting import Affine, PairedMoments, fit_procrustes, fit_ridge
 from .ops import align_rows, backend, decompose
 from .pairing import LayerPair
 from .phases import HEAD, AlignedPositions, layer_column, longest_first, run_source
 from .semantics import LINEAR_RECOMPOSITIONS, SemanticBasis, SemanticMap
+from .stores import ActivationStore
 from .vocabulary import SharedVocabulary
 
 COEFFICIENT_RECOMPOSITIONS: tuple[str, ...] = ("softmax", "top_k", "threshold")
 FITTED_RECOMPOSITIONS: tuple[str, ...] = ("lens", "fitted")
 HELD_OUT = 10
 """One example in so many judges the map and is kept out of its fit."""
+
+_LISTED = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,7 @@ class CoefficientMap:
             raise VocabularyError("source and target share no vocabulary")
         if recompose == "top_k" and k > len(vocabulary):
             raise ConfigError(
-                f"top_k={k}: source and target share {len(vocabulary)} tokens; keep fewer coefficients"
+                f"top_k={k}: source and target share {len(vocabulary)} tokens; keep fewer"
             )
         vectors = [
             _basis(model).vectors[rows]
@@ -118,17 +121,42 @@ def _basis(model: nn.Module | SemanticBasis) -> SemanticBasis:
     return model if isinstance(model, SemanticBasis) else SemanticBasis.from_model(model)
 
 
-def map_change(mapping: LatentMap, change: Tensor) -> Tensor:
-    """M·(h − h₀) for rows (N, D_src) of differences: no normalisation, and an offset cancels."""
-    assert isinstance(mapping, SemanticMap)
-    return align_rows(change, mapping.matrix, False)
+@dataclass(frozen=True, eq=False)
+class UntunedRows:
+    """What the source's change starts from, and what it is added to, row beside row.
+
+    Attributes:
+        base: h_source,base: rows of the source before its fine-tuning.
+        own: h_target,0: rows of the untuned target.
+    """
+
+    base: ActivationStore
+    own: ActivationStore
+
+    def moved(self, mapping: LatentMap, column: str, rows: Tensor, at: int) -> Tensor:
+        """h_target,0 + M·(rows − h_source,base) for source rows (n, D_src) from row ``at`` on.
+
+        The difference is not normalised, whatever the map does; an affine map's offset cancels.
+        """
+        assert isinstance(mapping, SemanticMap)
+        base, own = (
+            store.columns[column].read(at, at + len(rows)).to(rows.device)
+            for store in (self.base, self.own)
+        )
+        work = mapping.matrix.dtype
+        return own.to(work) + align_rows(rows.to(work) - base.to(work), mapping.matrix, False)
 
 
-def check_change(recompose: str) -> None:
-    """Raise :class:`ConfigError` when ``recompose`` cannot map a difference of activations."""
-    if recompose in COEFFICIENT_RECOMPOSITIONS:
+def check_change(config: TransferConfig) -> None:
+    """Raise :class:`ConfigError` when ``config`` has no use for the change of a source."""
+    if config.objective not in ALIGNED_OBJECTIVES:
         raise ConfigError(
-            f"source_base needs a linear map of activations, recompose={recompose!r} is none: choose "
+            f"source_base supervises layers, objective={config.objective!r} does not: choose "
+            f"one of {', '.join(ALIGNED_OBJECTIVES)}"
+        )
+    if config.recompose in COEFFICIENT_RECOMPOSITIONS:
+        raise ConfigError(
+            f"source_base needs a linear map, recompose={config.recompose!r} is none: choose "
             f"one of {', '.join(LINEAR_RECOMPOSITIONS + FITTED_RECOMPOSITIONS)}"
         )
 
@@ -196,7 +224,8 @@ class PairedModels:
         self, examples: Sequence[int], with_head: bool, advance: Callable[[int], None]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Source and target rows of the same tokens, batch by batch, by column name."""
-        order = [examples[i] for i in longest_first([self.target_examples.examples[i] for i in examples])]
+        lengths = self.target_examples.examples
+        order = [examples[i] for i in longest_first([lengths[i] for i in examples])]
         wanted = (
             [Wanted.of_pair(pair) for pair in self.pairs],
             [Wanted(pair.target, (pair.target,)) for pair in self.pairs],
@@ -205,8 +234,8 @@ class PairedModels:
         sides = (self.source_examples, self.target_examples)
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
-            # One whole pass each: hooks and inference mode of the one end before the other begins.
-            source, target = (
+            # Exhausted one after the other, so that hooks and inference mode of the first are gone.
+            (source,), (target,) = (
                 list(
                     run_source(
                         models[i],
@@ -219,7 +248,7 @@ class PairedModels:
                         advance=advance,
                         order=chunk,
                     )
-                )[0]
+                )
                 for i in range(2)
             )
             yield source, target
@@ -258,7 +287,7 @@ def build_maps(
     fit_on: Sequence[int],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> LayerMaps:
-    """The maps that ``config.recompose`` names; ``fit_on`` are the examples that fitted ones see."""
+    """The maps that ``config.recompose`` names; fitted ones see the examples ``fit_on``."""
     if config.recompose == "fitted":
         return _fitted(models, config, fit_on, advance)
     if config.recompose == "lens":
@@ -304,7 +333,9 @@ def _fitted(
             seen.add(source[layer_column(layer)], target[layer_column(layer)])
 
     def fit(seen: PairedMoments) -> Affine:
-        return fit_procrustes(seen) if config.fit == "procrustes" else fit_ridge(seen, config.fit_ridge)
+        if config.fit == "procrustes":
+            return fit_procrustes(seen)
+        return fit_ridge(seen, config.fit_ridge)
 
     return LayerMaps(
         {layer: _semantic(models, fit(seen), "fitted") for layer, seen in moments.items()}
@@ -367,12 +398,12 @@ class Alignment:
         source: the source layers it is paired with.
         rows: held-out token rows; 0 when no example could be held out, and then no figures.
         cosine: mean cosine between h̃ and the target's own activation.
-        chance: the same against the activation of an unrelated token: what any map reaches that only
-            knows the layer's mean direction.
-        r2: share of the target's variance that h̃ explains, at most 1; None for maps whose output has
-            no scale ("frame" and the nonlinear ones).
-        round_trip: mean cosine between the target's activation and its own recomposition, target into
-            target; None for a fitted map, which has no such inverse.
+        chance: the same against the activation of an unrelated token: what a map reaches that
+            knows no more than the layer's mean direction.
+        r2: share of the target's variance that h̃ explains, at most 1; None for maps whose output
+            has no scale ("frame" and the nonlinear ones).
+        round_trip: mean cosine between the target's activation and its own recomposition, target
+            into target; None for a fitted map, which has no such inverse.
     """
 
     target: int
@@ -394,6 +425,16 @@ class Alignment:
     def as_dict(self) -> dict[str, Any]:
         """With JSON types."""
         return {**asdict(self), "source": list(self.source)}
+
+
+def summarize(alignments: Sequence[Alignment]) -> str:
+    """One line for a table: every layer when they are few, the range when they are many."""
+    judged = [alignment.cosine for alignment in alignments if alignment.cosine is not None]
+    if len(alignments) <= _LISTED or not judged:
+        return "; ".join(map(str, alignments))
+    explained = [alignment.r2 for alignment in alignments if alignment.r2 is not None]
+    line = f"{len(judged)} layers: cosine {min(judged):.3f} to {max(judged):.3f}"
+    return line + (f", R² {min(explained):.3f} to {max(explained):.3f}" if explained else "")
 
 
 class _Score:
@@ -448,9 +489,8 @@ def judge_maps(
         for layer, score in scores.items():
             own = target[layer_column(layer)]
             back = built.round_trips.get(layer)
-            score.add(
-                built.maps[layer](source[layer_column(layer)]), own, None if back is None else back(own)
-            )
+            predicted = built.maps[layer](source[layer_column(layer)])
+            score.add(predicted, own, None if back is None else back(own))
     scaled = {
         layer: isinstance(mapping, SemanticMap) and not mapping.normalize
         for layer, mapping in built.maps.items()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,21 @@ from .capture import Wanted
 from .config import TransferConfig
 from .data import ExampleSet, encode
 from .delta import LayerDelta
-from .errors import ConfigError
+from .errors import ConfigError, ModelError
 from .loading import load_model, load_tokenizers, pad_token_id, resolve_device, resolve_dtype
+from .maps import (
+    FITTED_RECOMPOSITIONS,
+    Alignment,
+    LatentMap,
+    PairedModels,
+    UntunedRows,
+    build_maps,
+    check_change,
+    judge_maps,
+    map_digest,
+    split_examples,
+    summarize,
+)
 from .methods import DeltaMaker, MethodInputs, delta_maker
 from .objectives import (
     LEARNED_OBJECTIVES,
@@ -44,7 +58,6 @@ from .phases import (
 )
 from .progress import Phases
 from .report import loss_names, machine, op_backends, peak_memory, versions, write_html
-from .semantics import SemanticMap
 from .steering import (
     Loader,
     Record,
@@ -93,6 +106,7 @@ def transfer(
     data: Any = None,
     *,
     tokenizer: Any = None,
+    source_base: nn.Module | str | os.PathLike[str] | None = None,
     config: TransferConfig | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     preset: str | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -109,6 +123,9 @@ def transfer(
             "completion"} or {"text"}.  None takes a small bundled set.
         tokenizer: one for both models, or a pair (source, target); None loads them from the models'
             paths.
+        source_base: the source before its fine-tuning, a model, a hub id or a path.  With it the
+            target's layers are supervised by their own activation plus the mapped *change* that
+            fine-tuning made in the source.
         config: settings as a :class:`TransferConfig`, a mapping or a JSON file.
         preset: named settings to start from ("paper" is the default).
         output_dir: where to write the PEFT adapter, report.json and report.html.
@@ -122,7 +139,7 @@ def transfer(
     if output_dir is not None:
         check_output_dir(output_dir, settings.overwrite)
     with backend(settings.backend):
-        run = _Run.start(src, tgt, data, tokenizer, settings, progress)
+        run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
         result = run.transfer()
     if output_dir is not None:
         result.save(output_dir, overwrite=settings.overwrite)
@@ -143,8 +160,10 @@ class _Run:
     aligned: AlignedPositions
     vocabulary: SharedVocabulary
     owns_source: bool
+    source_base: nn.Module | None = None
     pairs: list[LayerPair] = field(default_factory=list)
     scores: Tensor | None = None
+    alignment: list[Alignment] = field(default_factory=list)
 
     @classmethod
     def start(
@@ -155,8 +174,11 @@ class _Run:
         tokenizer: Any,
         config: TransferConfig,
         progress: bool,
+        source_base: Any = None,
     ) -> _Run:
         """Load everything and check that it fits together, before any work is done."""
+        if source_base is not None:
+            check_change(config)
         phases = Phases(progress)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
@@ -167,6 +189,10 @@ class _Run:
             options = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
             source = load_model(src, role="source", **options)
             target = load_model(tgt, role="target", **options)
+            base = None
+            if source_base is not None:
+                base = load_model(source_base, role="source_base", **options).eval()
+                _check_base(Anatomy.of(base), Anatomy.of(source))
         with phases.phase("read data", 1):
             examples = encode(data, tokenizers[1], max_length=config.max_length, limit=config.limit)
         vocabulary = match_vocabularies(
@@ -184,14 +210,15 @@ class _Run:
             _aligned_positions(examples, *tokenizers),
             vocabulary,
             owns_source=not isinstance(src, nn.Module),
+            source_base=base,
         )
 
     def transfer(self) -> TransferResult:
         """Attribute, pair, align, steer."""
         self.source.to(self.device)
         self._pair()
-        mapping = self._map()
-        supervision = self._source_pass(mapping)
+        maps = self._map()
+        supervision = self._source_pass(maps)
         source_head = None
         if needs_source_head(self.config):
             anatomy = Anatomy.of(self.source)
@@ -208,8 +235,15 @@ class _Run:
             pairs=self.pairs,
             attribution=self.scores,
             history=history,
-            report=self._report(delta, history, mapping, supervision) | {"delta": maker.report()},
+            report=self._report(delta, history, supervision) | {"delta": maker.report()},
         )
+
+    def diagnose(self) -> list[Alignment]:
+        """Attribute, pair, align; then say how well the maps predict the target."""
+        self.source.to(self.device)
+        self._pair()
+        self._map()
+        return self.alignment
 
     # ----------------------------------------------------------------- attribute and pair
 
@@ -249,16 +283,47 @@ class _Run:
 
     # ----------------------------------------------------------------- align
 
-    def _map(self) -> SemanticMap | None:
-        """Paper, "semantic basis" and "decompose and recompose", folded into one matrix."""
+    def _map(self) -> dict[int, LatentMap]:
+        """Paper, "semantic basis" and "decompose and recompose": a map for every target layer."""
         if self.config.objective in ("none", *LEARNED_OBJECTIVES):
-            return None
-        with self.phases.phase("semantic map", 1):
-            return SemanticMap.between(
-                self.source, self.target, self.config.recompose, vocabulary=self.vocabulary
-            ).to(self.device)
+            return {}
+        fit_on, held_out = split_examples(
+            len(self.examples), self.config.fit_examples, self.config.seed
+        )
+        if self.config.recompose not in FITTED_RECOMPOSITIONS:
+            fit_on = []
+        untuned = self.source if self.source_base is None else self.source_base
+        with self._visiting(untuned, self.target):
+            models = PairedModels(
+                untuned,
+                self.target,
+                self.aligned,
+                AlignedPositions.same(self.examples),
+                self.pairs,
+                self.config.interface,
+                self.config.micro_batch_size,
+                (pad_token_id(self.tokenizers[0]), pad_token_id(self.tokenizers[1])),
+                self.vocabulary,
+            )
+            with self.phases.phase("semantic map", models.num_tokens(fit_on)) as update:
+                built = build_maps(models, self.config, fit_on, lambda done: update(done, ""))
+            with self.phases.phase("judge map", models.num_tokens(held_out)) as update:
+                self.alignment = judge_maps(models, built, held_out, lambda done: update(done, ""))
+        return built.maps
 
-    def _source_pass(self, mapping: SemanticMap | None) -> ActivationStore | None:
+    @contextlib.contextmanager
+    def _visiting(self, *models: nn.Module) -> Iterator[None]:
+        """Have ``models`` on the device for the block, then where they were before."""
+        homes = [next(model.parameters()).device for model in models]
+        for model in models:
+            model.to(self.device)
+        try:
+            yield
+        finally:
+            for model, home in zip(models, homes, strict=True):
+                model.to(home)
+
+    def _source_pass(self, maps: Mapping[int, LatentMap]) -> ActivationStore | None:
         """Run the source once; keep aligned activations, and its head input if a loss needs it."""
         supervised = self.config.objective != "none"
         wanted = [Wanted.of_pair(pair) for pair in self.pairs] if supervised else []
@@ -266,14 +331,16 @@ class _Run:
         if not wanted and not with_head:
             return None
         source, target = Anatomy.of(self.source), Anatomy.of(self.target)
+        width = target.hidden_size if maps else source.hidden_size
         dtype = target.head.weight.dtype
-        width = source.hidden_size if mapping is None else target.hidden_size
         columns = {layer_column(want.key): (width, dtype) for want in wanted}
         if with_head:
             columns[HEAD] = (source.hidden_size, source.head.weight.dtype)
         tokens = sum(map(len, self.aligned.examples))
+        by_column = {layer_column(layer): mapping for layer, mapping in maps.items()}
 
         def fill(store: ActivationStore) -> None:
+            untuned = self._untuned(wanted) if maps and self.source_base is not None else None
             with self.phases.phase("source pass", tokens) as update:
                 passed = run_source(
                     self.source,
@@ -286,9 +353,13 @@ class _Run:
                     advance=lambda done: update(done, ""),
                 )
                 for rows in passed:
-                    store.append(
-                        {n: r if n == HEAD or mapping is None else mapping(r) for n, r in rows.items()}
-                    )
+                    for name in rows.keys() & by_column.keys():
+                        if untuned is None:
+                            rows[name] = by_column[name](rows[name])
+                        else:
+                            at = store.columns[name].filled
+                            rows[name] = untuned.moved(by_column[name], name, rows[name], at)
+                    store.append(rows)
             self.phases.clock.count("source pass", tokens)
 
         fingerprint = {
@@ -296,9 +367,12 @@ class _Run:
             "data": self.examples.fingerprint(),
             "pairs": [[p.target, *p.source, p.weight] for p in self.pairs] if wanted else [],
             "interface": self.config.interface,
-            "map": _digest(mapping),
+            "map": map_digest(maps),
             "columns": sorted(columns),
         }
+        if self.source_base is not None:
+            fingerprint["source_base"] = model_fingerprint(self.source_base)
+            fingerprint["target"] = model_fingerprint(self.target)
         return self._place().filled(
             "source",
             [len(p) for p in self.aligned.positions],
@@ -308,11 +382,71 @@ class _Run:
             fill,
         )
 
+    def _untuned(self, wanted: Sequence[Wanted]) -> UntunedRows:
+        """What the source's change starts from and what it is added to."""
+        assert self.source_base is not None
+        own = [Wanted(want.key, (want.key,)) for want in wanted]
+        source_tokenizer, target_tokenizer = self.tokenizers
+        return UntunedRows(
+            self._untuned_rows("source", self.source_base, source_tokenizer, self.aligned, wanted),
+            self._untuned_rows(
+                "target", self.target, target_tokenizer, AlignedPositions.same(self.examples), own
+            ),
+        )
+
+    def _untuned_rows(
+        self,
+        kind: str,
+        model: nn.Module,
+        tokenizer: Any,
+        aligned: AlignedPositions,
+        wanted: Sequence[Wanted],
+    ) -> ActivationStore:
+        """Rows of an untuned model, in the order in which the source pass has them."""
+        anatomy = Anatomy.of(model)
+        order = longest_first(self.aligned.examples)
+        tokens = sum(map(len, aligned.examples))
+
+        def fill(store: ActivationStore) -> None:
+            name = f"untuned {kind}"
+            with self._visiting(model), self.phases.phase(name, tokens) as update:
+                passed = run_source(
+                    model,
+                    aligned,
+                    wanted,
+                    self.config.interface,
+                    batch_size=self.config.micro_batch_size,
+                    pad_token_id=pad_token_id(tokenizer),
+                    with_head=False,
+                    advance=lambda done: update(done, ""),
+                    order=order,
+                )
+                for rows in passed:
+                    store.append(rows)
+            self.phases.clock.count(name, tokens)
+
+        fingerprint = {
+            "model": model_fingerprint(model),
+            "data": self.examples.fingerprint(),
+            "layers": [[want.key, *want.layers, want.weight] for want in wanted],
+            "interface": self.config.interface,
+        }
+        column = (anatomy.hidden_size, anatomy.head.weight.dtype)
+        return self._place().filled(
+            f"untuned-{kind}",
+            [len(p) for p in self.aligned.positions],
+            order,
+            {layer_column(want.key): column for want in wanted},
+            fingerprint,
+            fill,
+        )
+
     def _release_source(self) -> None:
         """Let go of a source this run loaded itself; move a borrowed one off the GPU."""
         if self.owns_source:
             self.source = nn.Module()
-            gc.collect()
+        self.source_base = None
+        gc.collect()
         if self.device.type == "cuda":
             self.source.to("cpu")
             torch.cuda.empty_cache()
@@ -447,7 +581,6 @@ class _Run:
         self,
         delta: LayerDelta,
         history: list[Record],
-        mapping: SemanticMap | None,
         supervision: ActivationStore | None,
     ) -> dict[str, Any]:
         clock, names = self.phases.clock, loss_names(history)
@@ -457,6 +590,7 @@ class _Run:
             **{n: f"{history[0][n]:.4f} → {history[-1][n]:.4f}" for n in names if n in history[0]},
             "steps": len(history),
             "trained parameters": delta.num_parameters,
+            **({"alignment": summarize(self.alignment)} if self.alignment else {}),
             "shared vocabulary": len(self.vocabulary),
             "training tokens/s": _tokens_per_second(clock.as_dict()),
             "total seconds": round(sum(clock.seconds.values()), 2),
@@ -475,7 +609,7 @@ class _Run:
                 **self.examples.summary.as_dict(),
                 "fingerprint": self.examples.fingerprint(),
             },
-            "recompose": None if mapping is None else mapping.recompose,
+            "alignment": [alignment.as_dict() for alignment in self.alignment],
             "store_bytes": 0 if supervision is None else supervision.num_bytes,
             "phases": clock.as_dict(),
             "peak_memory": peaks,
@@ -500,12 +634,12 @@ def _tokens_per_second(phases: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
 
 
-def _digest(mapping: SemanticMap | None) -> str:
-    """Identifies a map in a store's fingerprint: which, and the numbers of its matrix."""
-    if mapping is None:
-        return ""
-    total = mapping.matrix.double()
-    return f"{mapping.recompose}:{float(total.sum()):.12e}:{float(total.square().sum()):.12e}"
+def _check_base(base: Anatomy, source: Anatomy) -> None:
+    if (base.num_layers, base.hidden_size) != (source.num_layers, source.hidden_size):
+        raise ModelError(
+            f"source_base has {base.num_layers} layers of width {base.hidden_size}, the source has "
+            f"{source.num_layers} of {source.hidden_size}: give the source before its fine-tuning"
+        )
 
 
 def _check_layers(config: TransferConfig, target: Anatomy) -> None:
@@ -527,4 +661,4 @@ def _aligned_positions(
 ) -> AlignedPositions:
     if same_tokenization(source_tokenizer, target_tokenizer):
         return AlignedPositions.same(examples)
-    raise ConfigError("source and target tokenize text differently")
+    return AlignedPositions.across(examples, source_tokenizer)
