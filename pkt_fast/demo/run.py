@@ -22,9 +22,8 @@ from . import bundled_rows, load_pair, source_path, target_path
 TRAINING_ROWS = 512
 MAX_NEW_TOKENS = 64
 
-# The same layer, batches and steps without the alignment: LoRA on labels, and logit distillation.
-FINE_TUNING: Mapping[str, Any] = {"objective": "none", "output_loss": "cross_entropy"}
-DISTILLATION: Mapping[str, Any] = {"objective": "none", "output_loss": "kl"}
+# What the same layer, batches and steps give without the alignment.
+BASELINES = {"LoRA on labels": "sft", "logit distillation": "kd"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +70,8 @@ def run_demo(
     result = trained(preset="paper")
     scores["target after SemAlign"] = score("SemAlign", result.model)
     same_layer = {"layers": [pair.target for pair in result.pairs]}
-    for name, changes in (
-        ("target after LoRA on labels", FINE_TUNING),
-        ("target after logit distillation", DISTILLATION),
-    ):
-        model = trained(**changes, **same_layer).model
-        scores[name] = score(name.removeprefix("target after "), model)
+    for name, method in BASELINES.items():
+        scores[f"target after {name}"] = score(name, trained(method=method, **same_layer).model)
     _show(out, result, scores)
     if output is not None:
         result.save(output, overwrite=bool(settings.get("overwrite")))

@@ -1,0 +1,40 @@
+"""Check that the native extension holds machine code for every GPU architecture we promise.
+
+    python scripts/check_cuda_build.py
+
+Needs no GPU: the code is listed by cuobjdump, which Triton ships.  Exit status 1 when an
+architecture is missing; 0, with a line that says so, when the extension was built without nvcc.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import triton
+
+from pkt_fast import _native
+
+PROMISED = {"sm_80", "sm_90", "sm_100"}
+
+
+def main() -> int:
+    if not _native.build_info()["cuda_archs"]:
+        print("the extension was built without nvcc: CPU kernels only")
+        return 0
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    listed = subprocess.run(
+        [tool, "--list-elf", _native.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    found = set(re.findall(r"sm_\d+", listed))
+    missing = sorted(PROMISED - found)
+    print(f"{Path(_native.__file__).name} holds code for {', '.join(sorted(found)) or 'no GPU'}")
+    if missing:
+        print(f"missing: {', '.join(missing)}", file=sys.stderr)
+    return int(bool(missing))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
