@@ -1,8 +1,8 @@
 """Builds the native extension pkt_fast._native: pybind11 headers and ninja, no torch.
 
 CPU kernels are compiled once per instruction set and chosen at run time.  csrc/cuda is compiled
-when nvcc is found (PKT_FAST_CUDA=0 leaves it out, PKT_FAST_CUDA=1 makes its absence an error).  On a
-machine without a C++ compiler the package installs without the extension and uses its reference
+when nvcc is found (PKT_FAST_CUDA=0 leaves it out, PKT_FAST_CUDA=1 makes its absence an error).  On
+a machine without a C++ compiler the package installs without the extension and uses its reference
 implementations; ``pkt-fast info`` says so.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 BYTES_PER_THREAD = 1 << 17
 
 
-def native_kernel(name: str) -> Callable[..., Any] | None:
+def native_kernel(name: str) -> Any:
     """A function of the extension; None without one, or with one built before it existed."""
     return getattr(native_module(), name, None)
 
@@ -51,7 +50,7 @@ def accumulator(*operands: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
 
 
-def cuda_kernel(name: str) -> Callable[..., Any] | None:
+def cuda_kernel(name: str) -> Any:
     """A CUDA function of the extension; None where torch does not drive NVIDIA GPUs."""
     return native_kernel(name) if torch.version.cuda else None
 

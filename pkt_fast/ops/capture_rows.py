@@ -83,9 +83,8 @@ def _check(
             f"capture_rows: {index.shape[0]} rows at offset {offset} do not fit an out of "
             f"{out.shape[0]} rows"
         )
-    for x in (out, value):
-        if not x.is_floating_point():
-            raise ShapeError(f"capture_rows: {x.dtype} is not a float dtype")
+    if not (out.is_floating_point() and value.is_floating_point()):
+        raise ShapeError(f"capture_rows: {value.dtype} to {out.dtype}: both must be float dtypes")
     _, other, other_minus = companions
     if other_minus is not None and other is None:
         raise ShapeError("capture_rows: other_minus is given without other")
@@ -95,9 +94,8 @@ def _check(
                 f"capture_rows: value is {tuple(value.shape)} on {value.device}, but one of minus, "
                 f"other, other_minus is {tuple(x.shape)} on {x.device}"
             )
-    for x in (value, *companions):
-        if x is not None and may_overlap(out, x):
-            raise ShapeError("capture_rows: out shares memory with an input")
+    if any(x is not None and may_overlap(out, x) for x in (value, *companions)):
+        raise ShapeError("capture_rows: out shares memory with an input")
 
 
 def _run(
@@ -169,7 +167,7 @@ def _capture_rows_reference(
 
     # Only the wanted rows, in double: no finite input overflows on the way.
     def wanted(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.reshape(rows, -1)[index].double()
+        return None if x is None else x.reshape(rows, x.shape[-1])[index].double()
 
     gathered = wanted(value)
     assert gathered is not None

@@ -278,7 +278,7 @@ if (_native_inject := native_kernel("inject")) is not None:
         seed: int | None,
     ) -> Tensor:
         unchanged = torch.zeros(len(weights), dtype=torch.int64)
-        kept = backups or [None] * len(weights)
+        kept: Sequence[Tensor | None] = backups or [None] * len(weights)
         matrices = list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
         moved = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
         _native_inject(matrices, unchanged.data_ptr(), seed, threads_for(moved))
@@ -299,7 +299,7 @@ if (_cuda_inject := cuda_kernel("inject_cuda")) is not None:
     ) -> Tensor:
         device = weights[0].device
         unchanged = torch.zeros(len(weights), dtype=torch.int64, device=device)
-        kept = backups or [None] * len(weights)
+        kept: Sequence[Tensor | None] = backups or [None] * len(weights)
         matrices = list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
