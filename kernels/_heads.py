@@ -1,9 +1,9 @@
 """Pieces of the kernels that stream a vocabulary: logit tiles, softcaps, row scales, workspaces.
 
-Several kernels need logits twice: once for the normaliser of a row, once for what is done with them.
-They compute the tile again rather than keep N×V numbers; a gradient with respect to the logits is
-written for a bounded run of labels and multiplied by the head's rows with a library product, which
-is deterministic and needs no accumulator of N×D registers.
+Several kernels need logits twice: once for the normaliser of a row, once for what is done with
+them.  They compute the tile again rather than keep N×V numbers; a gradient with respect to the
+logits is written for a bounded run of labels and multiplied by the head's rows with a library
+product, which is deterministic and needs no accumulator of N×D registers.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def product_tile(
     last one, which costs no mask; the caller drops them.
     """
     col = tl.arange(0, BLOCK_K)
-    at_x = tl.minimum(tl.arange(0, BLOCK_N), rows - 1 - first_x)[:, None] * stride_x + col[None, :]
-    at_w = tl.minimum(tl.arange(0, BLOCK_V), labels - 1 - first_w)[:, None] * stride_w + col[None, :]
+    row_x = tl.minimum(tl.arange(0, BLOCK_N), rows - 1 - first_x)
+    row_w = tl.minimum(tl.arange(0, BLOCK_V), labels - 1 - first_w)
+    at_x = row_x[:, None] * stride_x + col[None, :]
+    at_w = row_w[:, None] * stride_w + col[None, :]
     X += tl.cast(first_x, tl.int64) * stride_x
     W += tl.cast(first_w, tl.int64) * stride_w
     product = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -97,11 +99,15 @@ def product_tile(
 
 @triton.jit
 def tanh(x):
-    """tanh to float32's relative precision; a series near zero, where 1 − e⁻²ˣ cancels."""
+    """Hyperbolic tangent to float32's relative precision.
+
+    Near zero, where 1 − e⁻²ˣ cancels, its series.
+    """
     size = tl.abs(x)
     small = tl.where(size < 0.1, x, 0.0)
     square = small * small
-    series = small * (1.0 + square * (-0.3333333333 + square * (0.1333333333 - square * 0.053968254)))
+    tail = square * (0.1333333333 - square * 0.053968254)
+    series = small * (1.0 + square * (tail - 0.3333333333))
     decay = tl.exp(-2.0 * size)
     ratio = (1.0 - decay) / (1.0 + decay)
     return tl.where(size < 0.1, series, tl.where(x < 0, -ratio, ratio))

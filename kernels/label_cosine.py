@@ -1,13 +1,13 @@
 """Label cosine: two triangular products with everything else in their prologue and epilogue.
 
-    _label_kernel     power-of-two row scale, w_y·h + b_y and 1ᵀz from one read of H and of the rows w_y
+    _label_kernel     power-of-two row scale, w_y·h + b_y and 1ᵀz from H and its rows w_y
     _project_kernel   Y = H·Rᵀ + c, and Σy² per tile of Y
     _finish_kernel    norms, cosines and the two row factors of the gradient
     _gradient_kernel  Y·R scaled, plus w_y (gathered again) and the smoothing term
 
 R is upper triangular: a tile skips the half of R that is zero.  Softcapped heads stream the
-vocabulary instead: _cap_stats_kernel sums over tiles of logits, _cap_slope_kernel writes ∂cos/∂z for
-a bounded run of labels.
+vocabulary instead: _cap_stats_kernel sums over tiles of logits, _cap_slope_kernel writes ∂cos/∂z
+for a bounded run of labels.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from ._common import (
     dot_precision,
     is_hip,
     persistent_programs,
-    power_of_two_scale,
     reciprocal_norm,
     row_major,
 )
 from ._heads import label_chunks, operands, product_tile, row_scale, tanh, workspace_dtype
 
 _IGNORED = tl.constexpr(IGNORE_INDEX)
-_BLOCK_M = 128  # channels of an output tile; fixed, so that every tuned tile writes the same partials
+_BLOCK_M = 128  # channels of an output tile; fixed: every tuned tile writes the same partials
 _TILES = [(128, 32, 8, 3), (64, 32, 8, 3)]  # rows, depth; warps; stages
 _CAP_TILES = [(128, 128, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 32, 4, 3)]
 _ROWS, _CHANNELS = 4, 512
@@ -167,7 +166,7 @@ def _finish_kernel(
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """cos, and the factors −cos/‖z‖² of Y·R and 1/(‖z‖‖t‖) of Wᵀt, both scaled back to H."""
+    """Cosines, and the factors −cos/‖z‖² of Y·R and 1/(‖z‖‖t‖) of Wᵀt, both scaled back to H."""
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = row < rows
     part = tl.arange(0, TILES)
@@ -425,7 +424,7 @@ def _cap_finish_kernel(
     norm_t,
     BLOCK_N: tl.constexpr,
 ):
-    """cos and the row factors of its gradient from the splits' sums."""
+    """Cosines and the row factors of its gradient from the splits' sums."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     keep = row < rows
     plane = tl.cast(rows, tl.int64) * splits
@@ -570,8 +569,8 @@ def label_cosine_chunked(
 
 
 def aot_specs(target: Target) -> list[KernelSpec]:
-    """8,192 rows of 4,096 channels; 32,000 labels, or 256,000 for the softcapped head."""
-    rows, width, size = 8192, 4096, 32000
+    """8,192 rows of 4,096 channels; 256,000 labels for the softcapped head."""
+    rows, width = 8192, 4096
 
     def linear(dtype: torch.dtype, kernel: str) -> KernelSpec:
         name = STORAGE[dtype]

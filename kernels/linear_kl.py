@@ -118,7 +118,7 @@ def _stats_kernel(
     EVEN_T: tl.constexpr,
     EVEN_S: tl.constexpr,
 ):
-    """Per split of the labels: max and Σexp of both logit rows, and the weighted sum of ``KIND``."""
+    """Per split of the labels: max and Σexp of both logit rows, and the weighted sum of KIND."""
     first_row = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
     share = tl.cdiv(tl.cdiv(labels, BLOCK_V), tl.num_programs(1)) * BLOCK_V
@@ -204,7 +204,7 @@ def _merge_kernel(
 
 @triton.jit
 def _log_mean(log_p, log_q):
-    """log ½(p + q)."""
+    """The log of ½(p + q)."""
     high = tl.maximum(log_p, log_q)
     return high + tl.log(1.0 + tl.exp(tl.minimum(log_p, log_q) - high)) - _LN2
 
@@ -320,7 +320,7 @@ def linear_kl(
     kind: str,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Divergences (N,) in float32 and, if wanted, their gradients (N, D_t) in the hidden's dtype."""
+    """Divergences (N,) in float32, and their gradients (N, D_t) if wanted."""
     rows, width = target_hidden.shape
     values = target_hidden.new_empty(rows, dtype=torch.float32)
     gradient = target_hidden.new_empty(rows if want_gradient else 0, width)

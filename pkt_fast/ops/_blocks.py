@@ -60,3 +60,8 @@ def times(x: Tensor, matrix: Tensor) -> Tensor:
 def floor_norm(norm: Tensor) -> Tensor:
     """``norm`` with zeros replaced by one: a divisor for rows whose numerator is zero as well."""
     return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def no_float64(*args: object) -> bool:
+    """Whether no argument of an op is a float64 tensor: the Triton kernels have no such storage."""
+    return not any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..errors import ConfigError, DataError
-from ._blocks import accumulation_dtype, floor_norm, row_blocks, times, times_transpose
+from ._blocks import accumulation_dtype, floor_norm, no_float64, row_blocks, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
 KINDS = ("softmax", "top_k", "threshold")
@@ -138,4 +138,4 @@ def _recompose_largest(coefs: Tensor, basis: Tensor, k: int) -> Tensor:
     return out
 
 
-triton_implementation("decompose", "decompose")
+triton_implementation("decompose", "decompose", supports=no_float64)

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import DataError
-from ._blocks import accumulation_dtype, floor_norm, row_blocks, times, times_transpose
+from ._blocks import accumulation_dtype, floor_norm, no_float64, row_blocks, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
 IGNORE_INDEX = reference.IGNORE_INDEX
 PANEL = 128
-LABEL_BLOCK_BYTES = 8 << 20
+LABEL_BLOCK_BYTES = 4 << 20
 
 
 # --------------------------------------------------------------------------- linear heads
@@ -262,7 +262,7 @@ def _label_cosine_blocks(
     return cosines, gradient
 
 
-triton_implementation("label_cosine", "label_cosine")
+triton_implementation("label_cosine", "label_cosine", supports=no_float64)
 
 
 # --------------------------------------------------------------------------- softcapped heads
@@ -429,3 +429,6 @@ def _label_cosine_chunked_blocks(
         if want_gradient:
             gradient[rows] = (times(slope, weight) / scale[:, None]).to(gradient.dtype)
     return cosines, gradient
+
+
+triton_implementation("label_cosine_chunked", "label_cosine", supports=no_float64)

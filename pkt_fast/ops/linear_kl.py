@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ConfigError, DataError
-from ._blocks import accumulation_dtype, row_blocks, times, times_transpose
+from ._blocks import accumulation_dtype, no_float64, row_blocks, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
 KINDS = ("forward", "reverse", "jsd")
@@ -227,4 +227,4 @@ def _linear_kl_blocks(
     return values, gradient
 
 
-triton_implementation("linear_kl", "linear_kl")
+triton_implementation("linear_kl", "linear_kl", supports=no_float64)

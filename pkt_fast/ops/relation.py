@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import DataError
-from ._blocks import accumulation_dtype, floor_norm
+from ._blocks import accumulation_dtype, floor_norm, no_float64
 from ._registry import dispatch, implementation, triton_implementation
 
 
@@ -130,7 +130,11 @@ def _relation_reference(
 def _relation_sequences(
     x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One sequence after another, through whichever of the T×T and D×D forms is smaller."""
+    """One sequence after another, through whichever of the T×T and D×D forms is smaller.
+
+    Fourth powers beyond the dtype's range are cut off at its largest value.
+    """
+    limit = torch.finfo(accumulation_dtype(x.dtype)).max
     outputs = inner, norm_x, norm_y, of_inner, of_norm = zero_outputs(x, starts, want_gradient)
     for s, (start, end) in enumerate(sequences(starts, len(x))):
         if end - start < 2:
@@ -145,13 +149,14 @@ def _relation_sequences(
             gram_x, gram_y, cross = cx.T @ cx, cy.T @ cy, cy.T @ cx
             dot = torch.linalg.vecdot(cross.flatten(), cross.flatten())
         length = torch.linalg.vector_norm(gram_x)
-        inner[s] = dot * size_x * size_x * size_y * size_y
-        norm_x[s] = length * size_x * size_x
-        norm_y[s] = torch.linalg.vector_norm(gram_y) * size_y * size_y
+        inner[s] = (dot * size_x * size_x * size_y * size_y).clamp_max(limit)
+        norm_x[s] = (length * size_x * size_x).clamp_max(limit)
+        norm_y[s] = (torch.linalg.vector_norm(gram_y) * size_y * size_y).clamp_max(limit)
         if want_gradient:
             slope_inner = gram_y @ cx if by_token else cy @ cross
             slope_norm = gram_x @ cx if by_token else cx @ gram_x
-            torch.mul(slope_inner, 2 * size_x * size_y * size_y, out=of_inner[start:end])
+            factor = (2 * size_x * size_y * size_y).clamp_max(limit)
+            torch.mul(slope_inner, factor, out=of_inner[start:end])
             torch.mul(slope_norm, 2 * size_x / floor_norm(length), out=of_norm[start:end])
     return outputs
 
@@ -163,4 +168,4 @@ def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
     return centred / size, size
 
 
-triton_implementation("relation", "relation")
+triton_implementation("relation", "relation", supports=no_float64)
