@@ -33,7 +33,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pkt_fast.errors import ConfigError, ModelError
+from pkt_fast.errors import ConfigError, ModelError, NumericsError, PktFastError
 
 INTERFACES = ("mlp", "attention", "block", "contribution")
 
@@ -619,7 +619,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     try:
         output = model(**inputs)
-    except (ModelError, ConfigError):
+    except PktFastError:
         raise
     except Exception as error:
         raise ModelError(
@@ -805,6 +805,11 @@ def _record_blocks(
 
     def block_done(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         stream, entered = streams[name]
+        if not bool(torch.isfinite(output if isinstance(output, Tensor) else output[0]).all()):
+            raise NumericsError(
+                f"layer {len(records)} of {_name(model)} gives NaN or inf on six random tokens: check "
+                "the checkpoint, or use dtype='float32'"
+            )
         if not torch.equal(_exact(stream), entered):
             raise ModelError(f"{_name(model)} overwrites the input of block {name}: not supported")
         out = output if isinstance(output, Tensor) else output[0]

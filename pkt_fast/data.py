@@ -788,15 +788,15 @@ def _tokenise(
     """Yield each row's untruncated example and how many tokens at its front must stay."""
     if not rendered:
         return
-    prefix = _prefix_ids(tokenizer)
+    prefix = prefix_ids(tokenizer)
     texts = [item.text for item in rendered]
     fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = _call(tokenizer, texts, offsets=fast)
+    encoded = tokenize(tokenizer, texts, offsets=fast)
     for i, item in enumerate(rendered):
         ids: list[int] = encoded["input_ids"][i]
         offsets: list[Span] | None = None
         if fast:
-            table = _without_gaps(encoded["offset_mapping"][i])
+            table = without_gaps(encoded["offset_mapping"][i])
             mask = _overlaps(table, item.spans)
             offsets = list(map(tuple, table.tolist()))
         else:
@@ -812,7 +812,7 @@ def _tokenise(
         yield Example(tuple(ids), tuple(labels), item.row, item.text, spans), head
 
 
-def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool) -> Any:
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool) -> Any:
     return tokenizer(
         texts,
         add_special_tokens=False,
@@ -825,7 +825,7 @@ def _call(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool
     )
 
 
-def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids the tokenizer puts in front of any text (BOS), found by trying."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a")["input_ids"]
@@ -842,7 +842,7 @@ def _head(ids: Sequence[int], prefix: list[int], bos: int | None) -> int:
     return int(bool(ids) and ids[0] == bos)
 
 
-def _without_gaps(offsets: Sequence[Span]) -> np.ndarray:
+def without_gaps(offsets: Sequence[Span]) -> np.ndarray:
     """Let every token begin no later than the one before ended: (T, 2).
 
     Byte-level tokenizers may leave the blank of " word" out of its span, or give blanks no span at
@@ -869,7 +869,7 @@ def _slow_mask(
 ) -> np.ndarray:
     """Do the same for a tokenizer without offsets, by tokenising the text up to each border."""
     borders = [border for span in item.spans for border in span]
-    pieces = _call(tokenizer, [item.text[:border] for border in borders], offsets=False)
+    pieces = tokenize(tokenizer, [item.text[:border] for border in borders], offsets=False)
     # Tokens wholly before a border; the one that straddles it, if any, comes next.
     whole = [_common_prefix(piece, ids) for piece in pieces["input_ids"]]
     mask = np.zeros(len(ids), dtype=bool)

@@ -90,6 +90,7 @@ def load_tokenizer(
     name = getattr(source, "name_or_path", "") if isinstance(source, nn.Module) else str(source)
     if not name:
         raise ModelError(f"the {role} was given as an object without a path: pass tokenizer=")
+    _check_path(name, role)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:

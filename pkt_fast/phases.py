@@ -31,6 +31,7 @@ from .stores import (
     store_bytes,
     writing_directory_store,
 )
+from .text_alignment import answering_positions, retokenized
 
 HEAD = "head"
 INPUT = "input"
@@ -106,6 +107,12 @@ class AlignedPositions:
     def same(cls, examples: ExampleSet) -> AlignedPositions:
         """Source and target tokenise alike: the supervised positions themselves."""
         return cls(examples, [supervised_positions(example) for example in examples])
+
+    @classmethod
+    def across(cls, examples: ExampleSet, source_tokenizer: Any) -> AlignedPositions:
+        """Source and target cut the same text differently: matched by characters read."""
+        source = retokenized(examples, source_tokenizer)
+        return cls(source, list(map(answering_positions, examples, source)))
 
 
 def supervised_positions(example: Example) -> list[int]:

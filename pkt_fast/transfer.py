@@ -58,6 +58,7 @@ from .phases import (
 )
 from .progress import Phases
 from .report import loss_names, machine, op_backends, peak_memory, versions, write_html
+from .ridge import RidgeMaker, output_projections, solve_layers
 from .steering import (
     Loader,
     Record,
@@ -217,6 +218,8 @@ class _Run:
         """Attribute, pair, align, steer."""
         self.source.to(self.device)
         self._pair()
+        if self._solves:
+            self._check_solvable()
         maps = self._map()
         supervision = self._source_pass(maps)
         source_head = None
@@ -456,19 +459,19 @@ class _Run:
     def _delta_maker(self) -> DeltaMaker:
         """What trains: LoRA, or what the method makes of the source's weights."""
         source_tokenizer, target_tokenizer = self.tokenizers
+        inputs = MethodInputs(
+            self.config,
+            self.source,
+            self.target,
+            self.pairs,
+            self.aligned.examples,
+            self.examples,
+            (pad_token_id(source_tokenizer), pad_token_id(target_tokenizer)),
+        )
+        if self.config.solver == "ridge":
+            return RidgeMaker(inputs)
         with self.phases.phase("prepare delta", 1):
-            return delta_maker(
-                self.config.method,
-                MethodInputs(
-                    self.config,
-                    self.source,
-                    self.target,
-                    self.pairs,
-                    self.aligned.examples,
-                    self.examples,
-                    (pad_token_id(source_tokenizer), pad_token_id(target_tokenizer)),
-                ),
-            )
+            return delta_maker(self.config.method, inputs)
 
     def _steer(
         self,
@@ -512,6 +515,10 @@ class _Run:
             pad_token_id(self.tokenizers[1]),
             anatomy.head.weight.dtype,
         )
+        if self._solves:
+            solution = self._solve(model, layers, loader, first_step)
+            if self.config.solver == "ridge":
+                return solution
         tail = Tail(
             model, layers[0], layers, self.config.interface, needs_target_head(self.config)
         )
@@ -537,6 +544,37 @@ class _Run:
             )
         self.phases.clock.count(name, sum(self.examples.lengths) * self.config.epochs)
         return history
+
+    @property
+    def _solves(self) -> bool:
+        """Whether the closed-form solution is wanted, as the result or as a start."""
+        return self.config.solver == "ridge" or self.config.warm_start
+
+    def _check_solvable(self) -> None:
+        """Refuse, before any pass over the data, layers that have no output projection."""
+        output_projections(
+            Anatomy.of(self.target),
+            [pair.target for pair in self.pairs],
+            self.config.interface,
+            self.config.target_modules,
+        )
+
+    def _solve(
+        self, model: nn.Module, layers: Sequence[int], loader: Loader, first_step: int
+    ) -> list[Record]:
+        """The closed-form change of ``layers``, written into the adapter."""
+        tokens = sum(self.examples.lengths)
+        with self.phases.phase("solve", tokens) as update:
+            records = solve_layers(
+                model,
+                layers,
+                loader,
+                self.config,
+                advance=lambda done: update(done, ""),
+                first_step=first_step,
+            )
+        self.phases.clock.count("solve", tokens)
+        return records
 
     def _prefix(self, model: nn.Module, first: int) -> ActivationStore | None:
         """The input of block ``first`` for all real tokens; block 0 starts at the embeddings."""

@@ -1,0 +1,93 @@
+"""Positions of two tokenizers meet where they have read the same characters."""
+
+import pytest
+import torch
+import toy_tokenizers
+from models import tiny_model
+
+import pkt_fast
+from pkt_fast.data import IGNORE_INDEX, encode
+from pkt_fast.errors import DataError
+from pkt_fast.text_alignment import answering_positions, retokenized
+
+ROWS = [
+    {"prompt": "Question: how many apples are 3 and 14? ", "completion": "There are 17 apples."},
+    {"prompt": "é naïve: ", "completion": "ünïcödé text, and more of it"},
+    {"prompt": "x" * 60, "completion": "a long prompt before a short answer"},
+]
+
+
+@pytest.mark.parametrize("max_length", [1024, 24])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_source_has_read_as_far_as_it_may_and_no_further(turned, max_length):
+    tokenizers = [toy_tokenizers.byte_level(), toy_tokenizers.metaspace()]
+    target_tokenizer, source_tokenizer = tokenizers[::-1] if turned else tokenizers
+    examples = encode(ROWS, target_tokenizer, max_length=max_length)
+    sources = retokenized(examples, source_tokenizer)
+    assert len(sources) == len(examples)
+    for target, source in zip(examples, sources, strict=True):
+        read = 0
+        target_read, covered = [], 0
+        for start, end in target.offsets:
+            read += max(0, end - max(start, covered))
+            covered = max(covered, end)
+            target_read.append(read)
+        ends, furthest = [], 0
+        for _, end in source.offsets:
+            furthest = max(furthest, end)
+            ends.append(furthest)
+        positions = answering_positions(target, source)
+        wanted = [t for t, label in enumerate(target.labels[1:]) if label != IGNORE_INDEX]
+        assert len(positions) == len(wanted) == target.num_supervised
+        for t, s in zip(wanted, positions, strict=True):
+            assert ends[s] <= target_read[t] or s == 0
+            if s + 1 < len(ends):
+                assert ends[s + 1] > target_read[t]
+
+
+def test_supervised_text_is_the_same():
+    target_tokenizer, source_tokenizer = toy_tokenizers.byte_level(), toy_tokenizers.metaspace()
+    examples = encode(ROWS[:2], target_tokenizer)
+    for target, source in zip(examples, retokenized(examples, source_tokenizer), strict=True):
+        def supervised(example):
+            return "".join(
+                example.text[a:b]
+                for (a, b), label in zip(example.offsets, example.labels, strict=True)
+                if label != IGNORE_INDEX
+            )
+        answer = ROWS[target.row]["completion"]
+        assert answer.split()[-1] in supervised(target)
+        assert answer.split()[-1] in supervised(source)
+        assert ROWS[target.row]["prompt"].split()[1] not in supervised(source)
+
+
+def test_the_same_tokenizer_answers_itself():
+    tokenizer = toy_tokenizers.byte_level()
+    examples = encode(ROWS[::2], tokenizer)  # one character, one token span
+    for target, source in zip(examples, retokenized(examples, tokenizer), strict=True):
+        wanted = [t for t, label in enumerate(target.labels[1:]) if label != IGNORE_INDEX]
+        assert answering_positions(target, source) == wanted
+
+
+def test_a_transfer_between_families():
+    target_tokenizer, source_tokenizer = toy_tokenizers.byte_level(), toy_tokenizers.metaspace()
+    source = tiny_model("gpt_neox", seed=1, vocab_size=len(source_tokenizer), hidden_size=48)
+    target = tiny_model("llama", seed=2, vocab_size=len(target_tokenizer))
+    result = pkt_fast.transfer(
+        source, target, ROWS * 6, tokenizer=(source_tokenizer, target_tokenizer), epochs=4,
+        batch_size=6, learning_rate=3e-3, progress=False,
+    )
+    shared = result.report["summary"]["shared vocabulary"]
+    assert 0 < shared < min(len(source_tokenizer), len(target_tokenizer))
+    assert result.history[-1]["layer_loss"] < result.history[0]["layer_loss"]
+    assert all(torch.isfinite(c.up).all() for c in result.delta.changes.values())
+
+
+def test_slow_tokenizers_are_refused():
+    fast = toy_tokenizers.byte_level()
+    examples = encode(ROWS, fast)
+    with pytest.raises(DataError, match="fast tokenizer"):
+        retokenized(examples, toy_tokenizers.WordTokenizer())
+    slow = encode(ROWS, toy_tokenizers.WordTokenizer())
+    with pytest.raises(DataError, match="fast tokenizer"):
+        retokenized(slow, fast)

@@ -1,0 +1,359 @@
+"""The whole transfer against the one-phase reference, and everything around it."""
+
+import json
+
+import pytest
+import torch
+import toy_tokenizers
+from models import tiny_model
+from peft import PeftModel
+
+import pkt_fast
+from pkt_fast import TransferConfig, reference
+from pkt_fast.anatomy import Anatomy
+from pkt_fast.data import collate, encode
+from pkt_fast.delta import LayerDelta
+from pkt_fast.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericsError,
+    OutputError,
+    StoreError,
+    VocabularyError,
+)
+from pkt_fast.steering import (
+    Loader,
+    Tail,
+    adapter_parameters,
+    attach_lora,
+    learning_rate_factor,
+    plan_steps,
+)
+
+TOKENIZER = toy_tokenizers.byte_level(bos=False)
+ROWS = [
+    {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok" * (1 + b % 2)}
+    for a in range(8)
+    for b in range(5)
+]
+QUICK = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 3e-3}
+
+
+def model(family, seed, width, layers, **options):
+    if family == "gpt2":
+        options |= {"n_embd": width, "n_layer": layers}
+    else:
+        options |= {"hidden_size": width, "num_hidden_layers": layers}
+    return tiny_model(family, seed=seed, vocab_size=len(TOKENIZER), **options)
+
+
+def pair(family="llama", **options):
+    return model(family, 1, 48, 6, **options), model(family, 2, 32, 4, **options)
+
+
+def transfer(source, target, data=ROWS, **options):
+    return pkt_fast.transfer(
+        source, target, data, tokenizer=TOKENIZER, progress=False, **{**QUICK, **options}
+    )
+
+
+def reference_run(source, target, pairs, config):
+    """The materialised one-phase loop from the same adapter, on the same batches."""
+    examples = encode(ROWS, TOKENIZER)
+    layers = [pair.target for pair in pairs]
+    adapted = attach_lora(target, layers, config)
+    steps = [
+        [collate(examples, micro, pad_token_id=0) for micro in step.micro]
+        for step in plan_steps(examples.lengths, config)
+    ]
+    history = reference.semalign(
+        source,
+        adapted,
+        pairs,
+        steps,
+        adapter_parameters(adapted, layers),
+        interface=config.interface,
+        learning_rate=config.learning_rate,
+    )
+    return history, LayerDelta.from_peft(adapted)
+
+
+def relative_error(ours, theirs):
+    return max(
+        float((ours.changes[k].matrix() - c.matrix()).norm() / c.matrix().norm())
+        for k, c in theirs.changes.items()
+    )
+
+
+@pytest.mark.parametrize("layers", [[0], [2], [1, 3]], ids=str)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("gpt2", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {})],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_two_phases_equal_the_one_phase_reference(family, options, layers):
+    config = TransferConfig.make(layers=layers, **QUICK)
+    source, target = pair(family, **options)
+    result = transfer(source, target, config=config)
+    _, target = pair(family, **options)
+    history, delta = reference_run(source, target, result.pairs, config)
+    for ours, theirs in zip(result.history, history, strict=True):
+        assert ours["layer_loss"] == pytest.approx(theirs["layer_loss"], abs=1e-5)
+        assert ours["output_loss"] == pytest.approx(theirs["output_loss"], abs=1e-5)
+    assert relative_error(result.delta, delta) < 1e-4
+
+
+@pytest.mark.parametrize("interface", ["attention", "block", "contribution"])
+def test_other_interfaces_equal_the_reference(interface):
+    config = TransferConfig.make(layers=[1], interface=interface, **QUICK)
+    source, target = pair()
+    result = transfer(source, target, config=config)
+    history, delta = reference_run(source, pair()[1], result.pairs, config)
+    assert result.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
+    assert relative_error(result.delta, delta) < 1e-4
+
+
+def test_reference_backend_gives_the_same_adapter():
+    auto = transfer(*pair())
+    plain = transfer(*pair(), backend="reference")
+    assert relative_error(auto.delta, plain.delta) < 1e-4
+    assert pkt_fast.backend() == "auto"
+
+
+def test_losses_fall_and_only_the_paired_layer_moves():
+    source, target = pair()
+    before = {name: p.clone() for name, p in target.named_parameters()}
+    result = transfer(source, target, epochs=6)
+    first, last = result.history[0], result.history[-1]
+    assert last["layer_loss"] < first["layer_loss"]
+    assert last["output_loss"] < first["output_loss"]
+    layer = result.pairs[0].target
+    assert all(path.startswith(f"model.layers.{layer}.") for path in result.delta.changes)
+    names = {path.rpartition(".")[2] for path in result.delta.changes}
+    assert names == {"up_proj", "down_proj", "v_proj", "o_proj"}
+    plain = result.model.unload()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def test_the_frozen_prefix_builds_no_graph_and_does_not_run():
+    _, target = pair()
+    config = TransferConfig.make(layers=[2], **QUICK)
+    adapted = attach_lora(target, [2], config)
+    examples = encode(ROWS[:4], TOKENIZER)
+    anatomy = Anatomy.of(adapted)
+    loader = Loader(examples, None, None, torch.device("cpu"), 0, torch.float32)
+    micro = loader.build([0, 1, 2, 3])
+    hidden = torch.randn(*micro.batch.input_ids.shape, 32)
+    micro = type(micro)(**{**micro.__dict__, "hidden": hidden})
+    ran = []
+    for i, block in enumerate(anatomy.layers):
+        block.mlp.register_forward_hook(lambda _m, _a, _o, i=i: ran.append(i))
+    rows = Tail(adapted, 2, [2], "mlp", needs_head=True).rows(micro)
+    assert ran == [2, 3]
+    rows.head.sum().backward()
+    moved = {n for n, p in adapted.named_parameters() if p.grad is not None}
+    assert moved
+    assert all(".layers.2." in name and "lora_" in name for name in moved)
+
+
+def test_without_an_output_loss_nothing_above_the_layer_runs():
+    source, target = pair()
+    ran = []
+    for i, block in enumerate(target.model.layers):
+        block.mlp.register_forward_hook(lambda _m, _a, _o, i=i: ran.append(i))
+    Anatomy.of(target)
+    ran.clear()
+    transfer(source, target, layers=[1], output_loss="none")
+    assert set(ran) == {0, 1}
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name in "ab":
+        transfer(*pair(), output_dir=tmp_path / name, dropout=0.1)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    configs = [(tmp_path / name / "adapter_config.json").read_bytes() for name in "ab"]
+    assert configs[0] == configs[1]
+    other = transfer(*pair(), seed=1)
+    assert relative_error(other.delta, LayerDelta.load(tmp_path / "a")) > 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_output_is_a_peft_adapter_with_reports(tmp_path, family):
+    result = transfer(*pair(family), output_dir=tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {
+        "adapter_config.json", "adapter_model.safetensors", "report.json", "report.html"
+    }
+    loaded = PeftModel.from_pretrained(pair(family)[1], tmp_path / "out").eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = result.model(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        plain = pair(family)[1]
+        assert not torch.allclose(plain(input_ids=ids).logits, expected)
+        pkt_fast.inject(plain, LayerDelta.load(tmp_path / "out"))
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["config"]["seed"] == 0
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"attribute", "source pass", "steer"} <= set(report["phases"])
+    assert len(report["history"]) == len(result.history)
+    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
+OBJECTIVES = [
+    {"objective": "relation", "output_loss": "kl", "schedule": "frontier", "layers": "all"},
+    {"objective": "squared", "recompose": "dual", "output_loss": "cross_entropy"},
+    {"objective": "fisher", "recompose": "logit", "output_loss": "kl", "kl_kind": "reverse"},
+    {"objective": "none", "output_loss": "logit_cosine", "layers": [3]},
+    {"objective": "none", "output_loss": "kl", "label_weight": 1.0, "layers": [1], "kl_kind": "jsd"},
+    {"objective": "cosine", "output_loss": "none", "num_layers": 2, "recompose": "dual"},
+]
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=str)
+def test_every_objective_trains(options):
+    result = transfer(*pair(), epochs=4, **options)
+    first, last = result.history[0], result.history[-1]
+    names = [name for name in first if name.endswith("_loss")]
+    assert names
+    total = [sum(record[name] for name in names) for record in (first, last)]
+    assert total[1] < total[0]
+
+
+def test_micro_batches_do_not_change_the_step():
+    one = transfer(*pair(), micro_batch_size=16, objective="relation")
+    many = transfer(*pair(), micro_batch_size=3, objective="relation")
+    assert relative_error(one.delta, many.delta) < 1e-4
+
+
+def test_a_directory_store_gives_the_same_adapter_and_is_reused(tmp_path):
+    memory = transfer(*pair())
+    for _ in range(2):
+        on_disk = transfer(*pair(), store=str(tmp_path / "store"))
+        assert relative_error(on_disk.delta, memory.delta) < 1e-6
+    assert "source pass" not in on_disk.report["phases"]
+    assert len(list((tmp_path / "store").iterdir())) == len({"source", "target"}) - (
+        0 if memory.pairs[0].target else 1
+    )
+    spilled = transfer(*pair(), store_budget_gb=1e-9)
+    assert relative_error(spilled.delta, memory.delta) < 1e-6
+
+
+def test_a_damaged_store_is_refused(tmp_path):
+    transfer(*pair(), store=str(tmp_path), layers=[2])
+    for shard in tmp_path.glob("source-*/layer2-*.safetensors"):
+        content = bytearray(shard.read_bytes())
+        content[-3] ^= 255
+        shard.write_bytes(content)
+    with pytest.raises(StoreError, match="checksum"):
+        transfer(*pair(), store=str(tmp_path), layers=[2])
+
+
+def test_padded_heads_of_different_length():
+    source = model("llama", 1, 48, 6)
+    target = model("llama", 2, 32, 4)
+    target.resize_token_embeddings(len(TOKENIZER) + 3)
+    result = transfer(source, target, output_loss="kl")
+    assert result.report["summary"]["shared vocabulary"] == len(TOKENIZER)
+
+
+def test_nothing_is_written_when_the_run_fails(tmp_path):
+    source, target = pair()
+    with torch.no_grad():
+        source.model.layers[5].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(NumericsError, match="layer 5 of LlamaForCausalLM"):
+        transfer(source, target, output_dir=tmp_path / "out", layers=[3])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_activations_that_overflow_on_the_data_name_the_layer(tmp_path):
+    source, target = pair()
+    Anatomy.of(source)  # probed while it was sound
+    with torch.no_grad():
+        source.model.layers[5].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(NumericsError, match="layer3 in batch 0"):
+        transfer(source, target, output_dir=tmp_path / "out", layers=[3])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverging_run_names_the_step():
+    with pytest.raises(NumericsError, match="at step"):
+        transfer(
+            *pair(), learning_rate=1e30, epochs=30, objective="none", output_loss="cross_entropy",
+            layers=[1],
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"layers": [9]}, ConfigError, "target layer 9 is out of range"),
+        ({"num_layers": 9}, ConfigError, "the target has 4 layers"),
+        ({"target_modules": ["nothing"]}, ConfigError, "nothing"),
+        ({"device": "warp"}, ConfigError, "device='warp'"),
+        ({"data": []}, DataError, "row"),
+        ({"data": [{"question": "?"}]}, DataError, "question"),
+    ],
+)
+def test_refusals(options, error, words):
+    data = options.pop("data", ROWS)
+    with pytest.raises(error, match=words) as caught:
+        transfer(*pair(), data, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_output_directory_must_be_free(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not empty"):
+        transfer(*pair(), output_dir=tmp_path / "out")
+    transfer(*pair(), output_dir=tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "mine.txt").exists()
+    with pytest.raises(OutputError, match="is a file"):
+        transfer(*pair(), output_dir=tmp_path / "out" / "report.json")
+
+
+def test_models_without_a_common_vocabulary(tmp_path):
+    other = toy_tokenizers.byte_level(bos=False)
+
+    class Foreign:
+        all_special_tokens = ()
+
+        def get_vocab(self):
+            return {f"zzz{i}": i for i in range(len(other))}
+
+        def __call__(self, text, **options):
+            return other(text, **options)
+
+    with pytest.raises(VocabularyError, match="share 0 tokens"):
+        pkt_fast.transfer(*pair(), ROWS, tokenizer=(Foreign(), TOKENIZER), **QUICK)
+
+
+def test_paths_that_are_not_models(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        pkt_fast.transfer(tmp_path / "no" / "where", tmp_path / "x" / "y", ROWS)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_schedules(schedule):
+    config = TransferConfig.make(learning_rate_schedule=schedule, warmup_fraction=0.2)
+    factors = [learning_rate_factor(step, 10, config) for step in range(10)]
+    assert factors[:2] == [0.5, 1.0]
+    assert all(0 <= f <= 1 for f in factors)
+    if schedule == "constant":
+        assert set(factors[2:]) == {1.0}
+    else:
+        assert sorted(factors[1:], reverse=True) == factors[1:]
+        assert factors[-1] < 0.2
+
+
+def test_gradient_checkpointing_and_clipping_train():
+    plain = transfer(*pair(), layers=[1])
+    checkpointed = transfer(*pair(), layers=[1], gradient_checkpointing=True)
+    assert relative_error(checkpointed.delta, plain.delta) < 1e-5
+    clipped = transfer(*pair(), layers=[1], max_grad_norm=1e-3)
+    assert relative_error(clipped.delta, plain.delta) > 1e-6
