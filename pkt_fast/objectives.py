@@ -266,7 +266,8 @@ def _work(tensor: Tensor) -> torch.dtype:
 
 def needs_source_head(config: TransferConfig) -> bool:
     """Whether the output loss compares with the source's output distribution."""
-    return config.output_loss in ("kl", "logit_cosine") and config.output_weight > 0
+    compares = config.output_loss in ("kl", "logit_cosine") and config.output_weight > 0
+    return compares and config.solver == "adamw"
 
 
 def needs_target_head(config: TransferConfig) -> bool:

@@ -31,16 +31,24 @@ OnStep = Callable[[Record], None]
 # --------------------------------------------------------------------------- the adapter
 
 
-def attach_lora(model: nn.Module, layers: Sequence[int], config: TransferConfig) -> nn.Module:
+def attach_lora(
+    model: nn.Module,
+    layers: Sequence[int],
+    config: TransferConfig,
+    paths: Sequence[str] | None = None,
+) -> nn.Module:
     """Wrap ``model`` in PEFT with LoRA on the linear modules of ``layers`` only.
 
     ``config.target_modules`` names them; by default they are the paper's up, down, value and output
-    projections.  The initialisation depends on ``config.seed`` alone.
+    projections.  ``paths`` names them in full instead.  The initialisation depends on
+    ``config.seed`` alone.
     """
     from peft import LoraConfig, get_peft_model
 
     anatomy = Anatomy.of(model)
-    names = [n for layer in layers for n in anatomy.lora_targets(layer, config.target_modules)]
+    names = list(paths or ()) or [
+        path for layer in layers for path in anatomy.lora_targets(layer, config.target_modules)
+    ]
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,

@@ -187,7 +187,7 @@ class _Run:
             tokenizers = load_tokenizers(
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
             )
-            options = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+            options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
             source = load_model(src, role="source", **options)
             target = load_model(tgt, role="target", **options)
             base = None
