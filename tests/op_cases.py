@@ -73,7 +73,9 @@ def capture(dtype: torch.dtype, width: int, operands: int, normalize: bool) -> C
     return Capture(index, *tensors, *absent, lam, scale, normalize)
 
 
-def pair(x_dtype: torch.dtype, y_dtype: torch.dtype, rows: int, width: int) -> tuple[Tensor, Tensor]:
+def pair(
+    x_dtype: torch.dtype, y_dtype: torch.dtype, rows: int, width: int
+) -> tuple[Tensor, Tensor]:
     """Two (rows, width) operands with zero, tiny and huge rows in both."""
     generator = torch.Generator().manual_seed(rows * 1009 + width)
     x = normal(generator, max(rows, 3), width, dtype=x_dtype)
