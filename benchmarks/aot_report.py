@@ -5,11 +5,11 @@
 Triton kernels are compiled ahead of time at the realistic shapes their files declare
 (``aot_specs``, see kernels/_common.py); CUDA kernels are read out of the built extension.  For each
 kernel and architecture the table shows registers, spilled bytes, shared memory, matrix
-instructions, the widest global access, and the least time a data-sheet GPU would need for the bytes
-and operations.  That time is a model, not a measurement: nothing runs.
+instructions, the widest global load and store, and the least time a data-sheet GPU would need for
+the bytes and operations.  That time is a model, not a measurement: nothing runs.
 
 Exit status 1 when a kernel does not compile, spills, is GEMM-shaped without matrix instructions, or
-moves bytes without 16-byte accesses.
+moves bytes without 16-byte loads and stores.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Row:
     shared_bytes: int = 0
     matrix: str = ""
     matrix_count: int = 0
-    widest_access: int = 0
+    widest_load: int = 0
+    widest_store: int = 0
+    bulk_store: bool = False
     bytes: int = 0
     flops: int = 0
     compute: str = ""
@@ -97,8 +99,10 @@ class Row:
             faults.append(f"spills {self.spilled_bytes} bytes of registers")
         if self.kind == "gemm" and not self.matrix_count:
             faults.append("is GEMM-shaped but has no matrix instruction")
-        if self.kind == "bytes" and self.widest_access < 16:
-            faults.append(f"moves bytes at most {self.widest_access} at a time")
+        if self.kind == "bytes" and self.widest_load < 16:
+            faults.append(f"loads at most {self.widest_load} bytes at a time")
+        if self.bulk_store and self.widest_store < 16:
+            faults.append(f"stores at most {self.widest_store} bytes at a time")
         return faults
 
 
@@ -120,9 +124,11 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 
 _SASS_MATRIX = re.compile(r"\b(HGMMA|HMMA|IMMA|DMMA|QMMA|OMMA|UTC[A-Z]*MMA)\b")
-_SASS_ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS|UTMALDG|UTMASTG|UBLKCP)[.\w]*")
+_SASS_LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|UBLKCP)\b[.\w]*")
+_SASS_STORE = re.compile(r"\b(?:STG|UTMASTG)\b[.\w]*")
 _AMD_MATRIX = re.compile(r"\b(v_mfma|v_wmma|v_smfmac)_\w+")
-_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(?:load|store)_(\w+)")
+_AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
+_AMD_STORE = re.compile(r"\b(?:global|buffer|flat)_store_(\w+)")
 _AMD_WIDTHS = {"x4": 16, "b128": 16, "x3": 12, "b96": 12, "x2": 8, "b64": 8, "dword": 4, "b32": 4}
 
 
@@ -144,10 +150,14 @@ def _matrix(names: Iterable[str]) -> tuple[str, int]:
 
 
 def read_sass(sass: str) -> dict[str, object]:
-    """Matrix instructions and widest global access of NVIDIA machine code."""
+    """Matrix instructions and widest global accesses of NVIDIA machine code."""
     matrix, count = _matrix(_SASS_MATRIX.findall(sass))
-    widest = max((_sass_width(access) for access in _SASS_ACCESS.findall(sass)), default=0)
-    return {"matrix": matrix, "matrix_count": count, "widest_access": widest}
+    return {
+        "matrix": matrix,
+        "matrix_count": count,
+        "widest_load": max(map(_sass_width, _SASS_LOAD.findall(sass)), default=0),
+        "widest_store": max(map(_sass_width, _SASS_STORE.findall(sass)), default=0),
+    }
 
 
 def read_usage(usage: str) -> dict[str, int]:
@@ -161,7 +171,7 @@ def read_usage(usage: str) -> dict[str, int]:
 
 
 def read_amdgcn(assembly: str) -> dict[str, object]:
-    """Registers, spills, matrix instructions and widest access of AMD assembly."""
+    """Registers, spills, matrix instructions and widest accesses of AMD assembly."""
 
     def note(key: str) -> int:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
@@ -174,7 +184,8 @@ def read_amdgcn(assembly: str) -> dict[str, object]:
         "spilled_bytes": max(spilled, note("private_segment_fixed_size")),
         "matrix": matrix,
         "matrix_count": count,
-        "widest_access": max(map(_amd_width, _AMD_ACCESS.findall(assembly)), default=0),
+        "widest_load": max(map(_amd_width, _AMD_LOAD.findall(assembly)), default=0),
+        "widest_store": max(map(_amd_width, _AMD_STORE.findall(assembly)), default=0),
     }
 
 
@@ -217,12 +228,13 @@ def measure(spec: KernelSpec, target: Target) -> Row:
     """Compile one kernel and read its machine code."""
     row = Row(
         spec.name, target.name, "triton", spec.kind, bytes=spec.bytes, flops=spec.flops,
-        compute=spec.compute,
+        compute=spec.compute, bulk_store=spec.bulk_store,
     )  # fmt: skip
     try:
         compiled = compile_spec(spec, target)
     except Exception as error:  # whatever the compiler raises is the finding
-        return replace(row, error=f"{type(error).__name__}: {error}".splitlines()[0])
+        lines = str(error).strip().splitlines() or [""]
+        return replace(row, error=f"{type(error).__name__}: {lines[-1]}")
     if target.backend == "hip":
         facts = read_amdgcn(compiled.asm["amdgcn"])
     else:
@@ -258,7 +270,7 @@ def kernel_modules() -> list[str]:
 
 
 def triton_rows(modules: Sequence[str], archs: Sequence[str], jobs: int) -> list[Row]:
-    """One row per declared kernel and architecture, compiled in ``jobs`` processes."""
+    """One row per declared kernel and architecture, compiled in ``jobs`` processes (1: this one)."""
     tasks = [
         (module, arch, position, spec)
         for module in modules
@@ -269,10 +281,13 @@ def triton_rows(modules: Sequence[str], archs: Sequence[str], jobs: int) -> list
     ]
     # The long compilations first, so that no process is left alone with one at the end.
     tasks.sort(key=lambda task: task[3].kind != "gemm")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        pending = [pool.submit(_measure, *task[:3]) for task in tasks]
-        rows = [future.result() for future in pending]
+    if jobs == 1:
+        rows = [_measure(*task[:3]) for task in tasks]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            pending = [pool.submit(_measure, *task[:3]) for task in tasks]
+            rows = [future.result() for future in pending]
     return sorted(rows, key=lambda row: (row.kernel, archs.index(row.arch)))
 
 
@@ -327,7 +342,7 @@ def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, one line each."""
     header = (
-        "kernel", "arch", "by", "regs", "spill B", "smem KiB", "matrix", "widest B", "MB",
+        "kernel", "arch", "by", "regs", "spill B", "smem KiB", "matrix", "load B", "store B", "MB",
         "GFLOP", "model us", "bound by",
     )  # fmt: skip
     lines = [header] + [
@@ -335,7 +350,7 @@ def table(rows: Sequence[Row]) -> str:
             row.kernel, row.arch, row.compiler, str(row.registers), str(row.spilled_bytes),
             f"{row.shared_bytes / 1024:.1f}",
             f"{row.matrix_count} {row.matrix}" if row.matrix else "-",
-            str(row.widest_access),
+            str(row.widest_load), str(row.widest_store),
             f"{row.bytes / 1e6:.1f}" if row.bytes else "-",
             f"{row.flops / 1e9:.2f}" if row.flops else "-",
             f"{row.model_us:.1f}" if row.model_us else "-",

@@ -28,9 +28,10 @@ type, in Triton's signature notation, with ``":16"`` appended where a launch wou
             )
         ]
 
-``kind="gemm"`` demands matrix instructions, ``kind="bytes"`` demands 16-byte global accesses, and
-no kernel may spill.  ``target`` lets a file choose tiles and dot precision per architecture; use
-the same constants as the autotuning list, so that what is checked is what runs.
+``kind="gemm"`` demands matrix instructions, ``kind="bytes"`` demands 16-byte global loads (and
+stores, with ``bulk_store``, where the kernel writes as it reads), and no kernel may spill.
+``target`` lets a file choose tiles and dot precision per architecture; use the same constants as
+the autotuning list, so that what is checked is what runs.
 
 **Conventions of the kernels.**  Reductions and dot products accumulate in float32.
 ``INTERPRETED`` is passed to kernels that call ``tl.dot``: the interpreter multiplies bf16 operands
@@ -101,6 +102,7 @@ class KernelSpec:
     num_warps: int = 4
     num_stages: int = 3
     compute: Literal["fp32", "fp16", "bf16", "tf32x3"] = "fp32"
+    bulk_store: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

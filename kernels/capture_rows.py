@@ -181,6 +181,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             },
             num_warps=8,
             kind="bytes",
+            bulk_store=True,
             bytes=(operands + 1) * rows * width * itemsize,
             flops=(3 * operands + 3) * rows * width,
         )

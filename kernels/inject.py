@@ -290,6 +290,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             },
             num_warps=_WARPS,
             kind="bytes",
+            bulk_store=True,
             bytes=matrices
             * (3 * rows * columns * weight.itemsize + rank * (rows + columns) * factor.itemsize),
             flops=matrices * 2 * rows * columns * rank,

@@ -154,6 +154,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             },
             num_warps=8,
             kind="bytes",
+            bulk_store=True,
             bytes=3 * rows * width * dtype.itemsize,
             flops=10 * rows * width,
         )

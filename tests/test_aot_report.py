@@ -1,0 +1,162 @@
+"""The report must pass good kernels and fail bad ones; no GPU is needed for either."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels cannot be compiled in the interpreter", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import aot_report
+
+KERNELS = '''
+import triton
+import triton.language as tl
+from pkt_fast.kernels._common import KernelSpec
+
+
+@triton.jit
+def copy(Source, Target, count, stride, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(Target + at, tl.load(Source + at * stride, mask=at < count), mask=at < count)
+
+
+@triton.jit
+def product(Source, Target, count, BLOCK: tl.constexpr, MATRIX: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    at = i[:, None] * BLOCK + i[None, :]
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k in range(count):
+        x = tl.load(Source + k * BLOCK * BLOCK + at)
+        if MATRIX:
+            total = tl.dot(x, x, total)
+        else:
+            total += x.to(tl.float32) * x.to(tl.float32)
+    tl.store(Target + at, total)
+
+
+def spec(name, kernel, kind, constexprs, **options):
+    args = {"Source": "*fp16:16", "count": "i32:16", "stride": "i32"}
+    args["Target"] = "*fp16:16" if kernel is copy else "*fp32:16"
+    return KernelSpec(name, kernel, args, constexprs, kind, bytes=10**6, flops=10**9,
+                      compute="fp16", **options)
+
+
+def aot_specs(target):
+    good = [
+        spec("wide copy", copy, "bytes", {"BLOCK": 4096, "stride": 1}, bulk_store=True),
+        spec("matrix product", product, "gemm", {"BLOCK": 64, "MATRIX": True}),
+    ]
+    bad = [
+        spec("scalar load", copy, "bytes", {"BLOCK": 1024}),
+        spec("narrow store", copy, "bytes", {"BLOCK": 128, "stride": 1}, bulk_store=True),
+        spec("no matrix", product, "gemm", {"BLOCK": 64, "MATRIX": False}),
+        spec("spills", product, "gemm", {"BLOCK": 64, "MATRIX": True}, options={"maxnreg": 32}),
+        spec("no such argument", copy, "bytes", {"BLOCK": 1000, "stride": 1}),
+    ]
+    return BAD_OR_GOOD
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """Write the kernels above as a module whose specs are all good or all bad."""
+
+    def write(which: str) -> str:
+        name = f"aot_{which}_kernels"
+        (tmp_path / f"{name}.py").write_text(KERNELS.replace("BAD_OR_GOOD", which))
+        return name
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return write
+
+
+def report(module: str, arch: str, tmp_path: Path) -> tuple[int, dict]:
+    path = tmp_path / "report.json"
+    status = aot_report.main(
+        ["--modules", module, "--arch", arch, "--json", str(path), "--jobs", "1"]
+    )
+    return status, json.loads(path.read_text())
+
+
+def test_good_kernels_pass(module, tmp_path, capsys):
+    status, result = report(module("good"), "sm_90,gfx942", tmp_path)
+    assert status == 0
+    assert result["faults"] == []
+    rows = {(r["kernel"], r["arch"]): r for r in result["kernels"]}
+    for arch in ("sm_90", "gfx942"):
+        assert rows["wide copy", arch]["widest_load"] == 16
+        assert rows["wide copy", arch]["widest_store"] == 16
+    assert rows["matrix product", "sm_90"]["matrix"] == "HGMMA"
+    assert rows["matrix product", "gfx942"]["matrix"] == "v_mfma"
+    # 1 MB at 3.35 TB/s against 1 GFLOP at 989 TFLOP/s
+    assert rows["wide copy", "sm_90"]["model_us"] == pytest.approx(max(1 / 3.35, 1e3 / 989))
+    assert "not a measurement" in capsys.readouterr().out
+
+
+def test_bad_kernels_fail(module, tmp_path, capsys):
+    status, result = report(module("bad"), "sm_80", tmp_path)
+    assert status == 1
+    faults = "\n".join(result["faults"])
+    assert "scalar load on sm_80 loads at most 2 bytes at a time" in faults
+    assert "narrow store on sm_80 stores at most 2 bytes at a time" in faults
+    assert "no matrix on sm_80 is GEMM-shaped but has no matrix instruction" in faults
+    assert "spills on sm_80 spills" in faults
+    assert "no such argument on sm_80 does not compile" in faults
+    assert capsys.readouterr().out.count("FAIL: ") == len(result["faults"]) == 6
+
+
+def test_unknown_architecture_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        aot_report.main(["--arch", "sm_90,volta"])
+    assert exit_.value.code == 2
+    assert "volta" in capsys.readouterr().err
+
+
+def test_every_kernel_file_is_in_the_report():
+    kernels = Path(__file__).parent.parent / "kernels"
+    expected = sorted(p.stem for p in kernels.glob("*.py") if not p.stem.startswith("_"))
+    assert [name.rpartition(".")[2] for name in aot_report.kernel_modules()] == expected
+
+
+def test_amd_spills_and_widths_are_read():
+    assembly = """
+        global_load_dwordx2 v[0:1], v2, s[0:1]
+        buffer_store_short v3, v4, s[4:7], 0 offen
+        v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
+        .private_segment_fixed_size: 16
+        .sgpr_spill_count: 0
+        .vgpr_count:     128
+        .vgpr_spill_count: 3
+    """
+    facts = aot_report.read_amdgcn(assembly)
+    assert facts == {
+        "registers": 128, "spilled_bytes": 16, "matrix": "v_mfma", "matrix_count": 1,
+        "widest_load": 8, "widest_store": 2,
+    }  # fmt: skip
+
+
+def test_machine_code_is_cut_by_function_and_architecture():
+    dump = """
+Fatbin elf code:
+arch = sm_80
+ Function one:
+  REG:14 STACK:8 SHARED:0 LOCAL:0
+Fatbin elf code:
+arch = sm_90
+ Function one:
+  REG:20 STACK:0 SHARED:32 LOCAL:0
+"""
+    parts = aot_report._by_function(dump)
+    assert {key: aot_report.read_usage(text) for key, text in parts.items()} == {
+        ("sm_80", "one"): {"registers": 14, "spilled_bytes": 8, "shared_bytes": 0},
+        ("sm_90", "one"): {"registers": 20, "spilled_bytes": 0, "shared_bytes": 32},
+    }
