@@ -1,8 +1,9 @@
 """Every method on equal terms: same pair, rows, steps, seeds and tuning budget, one table.
 
-A *recipe* names settings of :func:`pkt_fast.transfer` and the loss weights worth tuning.  Each recipe
-gets the same number of trials; a trial trains once and is scored by the next-token loss on validation
-rows.  The best settings then train from every seed, and only these models meet the test rows.
+A *recipe* names settings of :func:`pkt_fast.transfer` and the loss weights worth tuning.  Each
+recipe gets the same number of trials; a trial trains once and is scored by the next-token loss on
+validation rows.  The best settings then train from every seed, and only these models meet the test
+rows.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class Recipe:
     def uses_labels(self) -> bool:
         """Whether any loss looks at the labels of the rows."""
         config = self.config()
-        labelled = config.output_loss in ("cross_entropy", "label_cosine") and config.output_weight > 0
-        return labelled or config.label_weight > 0 or "label_weight" in self.tuned
+        labelled = config.output_loss in ("cross_entropy", "label_cosine")
+        weighted = config.label_weight > 0 or "label_weight" in self.tuned
+        return (labelled and config.output_weight > 0) or weighted
 
 
 def _recipe(
@@ -157,7 +159,7 @@ class Scores:
         next_token_loss, token_accuracy, exact_match: on the test rows.
         source_kl, source_top1: agreement with the source there.
         other_loss: next-token loss on other text; it rises by what was forgotten.
-        gap_closed: (loss before − loss) / (loss before − source's loss); 1 is as good as the source.
+        gap_closed: (loss before − loss) / (loss before − source's loss); 1: as good as the source.
         seconds: wall time of the transfer.
         peak_bytes: highest resident memory of the process during it.
         parameters: numbers in the adapter.
@@ -202,18 +204,17 @@ class Comparison:
 
     def header(self) -> list[str]:
         """Column titles of the table."""
-        return ["method", "chosen on validation", *(title for title, *_ in _COLUMNS)]
+        return ["method", "chosen on validation", *(column.title for column in _COLUMNS)]
 
     def rows(self) -> list[list[str]]:
         """The table: source, target before, then the methods by test loss."""
         rows = [
-            [name, "", *(_cell((value, 0.0) if value is not None else None, *rest)
-                         for value, rest in _values(scores))]
+            [name, "", *(_cell(mean_interval([getattr(scores, c.field)]), c) for c in _COLUMNS)]
             for name, scores in (("source", self.source), ("target before", self.target))
         ]
         for result in sorted(self.methods, key=lambda m: m.mean("next_token_loss") or (math.inf,)):
             chosen = ", ".join(f"{_SHORT.get(k, k)} {v:g}" for k, v in result.chosen.items())
-            cells = [_cell(result.mean(name), *rest) for _, name, *rest in _COLUMNS]
+            cells = [_cell(result.mean(column.field), column) for column in _COLUMNS]
             rows.append([result.name, chosen, *cells])
         return rows
 
@@ -228,8 +229,8 @@ class Comparison:
         """One line on what was held equal."""
         s = self.settings
         return (
-            f"{s['examples']} rows, labels {s['labels']}, {s['epochs']} epochs, {s['budget']} trials a "
-            f"method, {len(s['seeds'])} seeds, {s['test_rows']} test rows; mean ± 95 % interval"
+            f"{s['examples']} rows, labels {s['labels']}, {s['epochs']} epochs, {s['budget']} "
+            f"trials a method, {len(s['seeds'])} seeds, {s['test_rows']} test rows; mean ± 95 % interval"
         )
 
     def markdown(self) -> str:
@@ -249,33 +250,37 @@ class Comparison:
         return Path(directory)
 
 
-# title, field of Scores, digits, factor
-_COLUMNS: tuple[tuple[str, str, int, float], ...] = (
-    ("loss", "next_token_loss", 4, 1),
-    ("token acc. %", "token_accuracy", 2, 100),
-    ("exact %", "exact_match", 1, 100),
-    ("gap closed %", "gap_closed", 1, 100),
-    ("KL to source", "source_kl", 3, 1),
-    ("top-1 as source %", "source_top1", 1, 100),
-    ("other text loss", "other_loss", 3, 1),
-    ("seconds", "seconds", 1, 1),
-    ("peak MiB", "peak_bytes", 0, 2**-20),
-    ("parameters", "parameters", 0, 1),
+@dataclass(frozen=True)
+class _Column:
+    """How a field of :class:`Scores` is shown."""
+
+    title: str
+    field: str
+    digits: int
+    factor: float = 1.0
+
+
+_COLUMNS = (
+    _Column("loss", "next_token_loss", 4),
+    _Column("token acc. %", "token_accuracy", 2, 100),
+    _Column("exact %", "exact_match", 1, 100),
+    _Column("gap closed %", "gap_closed", 1, 100),
+    _Column("KL to source", "source_kl", 3),
+    _Column("top-1 as source %", "source_top1", 1, 100),
+    _Column("other text loss", "other_loss", 3),
+    _Column("seconds", "seconds", 1),
+    _Column("peak MiB", "peak_bytes", 0, 2**-20),
+    _Column("parameters", "parameters", 0),
 )
 _SHORT = {"learning_rate": "lr", "layer_weight": "layer", "label_weight": "label",
           "temperature": "temp."}
 
 
-def _values(scores: Scores) -> Iterator[tuple[float | None, tuple[int, float]]]:
-    for _, name, digits, factor in _COLUMNS:
-        yield getattr(scores, name), (digits, factor)
-
-
-def _cell(value: tuple[float, float] | None, digits: int, factor: float) -> str:
+def _cell(value: tuple[float, float] | None, column: _Column) -> str:
     if value is None:
         return "-"
-    mean, half = (part * factor for part in value)
-    return f"{mean:,.{digits}f}" + (f" ± {half:.{digits}f}" if half else "")
+    mean, half = (part * column.factor for part in value)
+    return f"{mean:,.{column.digits}f}" + (f" ± {half:.{column.digits}f}" if half else "")
 
 
 # Student's t at 97.5 % by degrees of freedom; beyond the list the normal quantile is close enough.
@@ -325,11 +330,11 @@ def compare(
     Args:
         src: the source: a model, a path or a hub id.
         tgt: the target likewise; its weights end as they were.
-        data: rows to train on; None takes the bundled problems, with their validation and test rows.
+        data: rows to train on; None takes the bundled problems, also to validate and test on.
         methods: what to compare.
-        validation: rows that choose learning rates and weights; None sets a fifth of ``data`` apart.
+        validation: rows that choose rates and weights; None sets a fifth of ``data`` apart.
         test: rows that are only scored; None sets a fifth of ``data`` apart.
-        other: other text, to see what is forgotten; None takes the bundled one when ``data`` is None.
+        other: other text, to see what is forgotten; bundled when ``data`` is None.
         tokenizer: for both models, or a pair; None loads them.
         source_base: the source before its fine-tuning, for recipes that transfer the change.
         examples: rows each seed draws from ``data``; None takes all.
@@ -342,8 +347,8 @@ def compare(
         output_dir: where to write comparison.json and comparison.md.
         overwrite: replace a non-empty output directory.
         progress: show progress bars when stderr is a terminal.
-        **settings: fields of :class:`TransferConfig` shared by every recipe (epochs, batch_size, ...);
-            a recipe's own settings and trials go first.
+        **settings: fields of :class:`TransferConfig` shared by every recipe (epochs, ...); a
+            recipe's own settings and trials go first.
 
     Raises:
         PktFastError: every refusal, before anything is trained.
@@ -411,12 +416,12 @@ Rows = list[dict[str, Any]]
 
 
 def _split(data: Any, validation: Any, test: Any, other: Any) -> dict[str, Rows]:
-    """Rows by role; a role that was not given takes a fifth of ``data``, in a fixed random order."""
+    """Rows by role; a role that was not given takes a fifth of ``data``, shuffled once."""
     if data is None:
         named = {"train": "train", "validation": "validation", "test": "test", "other": "other"}
         given = {"validation": validation, "test": test, "other": other}
         return {
-            role: read_rows(given[role])[0] if given.get(role) is not None else list(bundled_rows(split))
+            role: read_rows(bundled_rows(split) if given.get(role) is None else given[role])[0]
             for role, split in named.items()
         }
     rows = read_rows(data)[0]
@@ -470,7 +475,9 @@ class _Arena:
             "dtype": resolve_dtype(config.dtype, device),
             "trust_remote_code": config.trust_remote_code,
         }
-        tokenizers = load_tokenizers(tokenizer, src, tgt, trust_remote_code=config.trust_remote_code)
+        tokenizers = load_tokenizers(
+            tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
+        )
         base = None
         if source_base is not None:
             base = load_model(source_base, role="source base", **options).eval()
@@ -509,7 +516,7 @@ class _Arena:
         source: Scores,
         target: Scores,
     ) -> MethodResult:
-        """Choose the recipe's settings on the validation rows, then train and test from every seed."""
+        """Choose settings on the validation rows, then train and test from every seed."""
         tried = []
         with self.phases.phase(recipe.name, len(points) + len(seeds)) as update:
             for point in points:
@@ -553,7 +560,6 @@ class _Arena:
         rows = self.train_rows
         if examples is not None and examples < len(rows):
             rows = Random(seed).sample(rows, examples)
-        extra = {"source_base": self.source_base} if recipe.change else {}
         return transfer(
             self.source,
             self.target,
@@ -561,7 +567,7 @@ class _Arena:
             tokenizer=self.tokenizers,
             progress=False,
             config={**self.settings, **recipe.settings, **point, "seed": seed},
-            **extra,
+            source_base=self.source_base if recipe.change else None,
         )
 
     def _restore(self, result: TransferResult) -> None:
@@ -596,7 +602,9 @@ def with_reply(row: Mapping[str, Any], reply: str) -> dict[str, Any]:
         return {**row, "messages": [*row["messages"][:-1], last]}
     if isinstance(row.get("completion"), str):
         return {**row, "completion": reply}
-    raise ConfigError("labels='source' needs rows that end in a reply: messages, or prompt and completion")
+    raise ConfigError(
+        "labels='source' needs rows that end in a reply: messages, or prompt and completion"
+    )
 
 
 @contextlib.contextmanager
@@ -626,7 +634,10 @@ def load_comparison(path: str | os.PathLike[str]) -> Comparison:
             value["settings"],
             Scores(**value["source"]),
             Scores(**value["target"]),
-            [MethodResult(**{**m, "runs": [Scores(**r) for r in m["runs"]]}) for m in value["methods"]],
+            [
+                MethodResult(**{**method, "runs": [Scores(**run) for run in method["runs"]]})
+                for method in value["methods"]
+            ],
             value["environment"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import HeadTransform
+from .chunked import chunked_rows
 from .config import TransferConfig
 from .errors import ConfigError
 from .losses import label_cosine_rows, statistics_of
@@ -142,16 +143,21 @@ def fisher_term(layer: int, head: FrozenHead) -> Term:
     """½·dᵀ(diag(p) − ppᵀ)d per row, d = W(h_k − h̃), p = softmax(W·h̃) (SemAlign, ACL text).
 
     The Fisher information of the output distribution at the aligned logits weighs the logit error, so
-    only differences that would move likely tokens count.  Logits are formed for a micro-batch's rows.
+    only differences that would move likely tokens count.
     """
 
     def term(rows: Rows) -> Tensor:
-        target = rows.supervision[layer_column(layer)].to(rows.layers[layer].dtype)
-        with torch.no_grad():
-            probabilities = torch.softmax(head.logits(target), -1)
-        difference = F.linear(rows.layers[layer] - target, head.weight).to(probabilities.dtype)
-        mean = (probabilities * difference).sum(-1)
-        return ((probabilities * difference.square()).sum(-1) - mean.square()) / 2
+        hidden = rows.layers[layer]
+        target = rows.supervision[layer_column(layer)].to(hidden.dtype)
+
+        def surrogate(part: Tensor, at: slice) -> Tensor:
+            with torch.no_grad():
+                probabilities = torch.softmax(head.logits(target[at]), -1)
+            difference = F.linear(part - target[at], head.weight).to(probabilities.dtype)
+            mean = (probabilities * difference).sum(-1, keepdim=True)
+            return (probabilities * (difference - mean).square()).sum(-1) / 2
+
+        return chunked_rows(hidden, surrogate, len(head.weight))
 
     return term
 
@@ -209,9 +215,12 @@ def cross_entropy_term(head: FrozenHead, smoothing: float) -> Term:
     """Cross-entropy of the labels per row."""
 
     def term(rows: Rows) -> Tensor:
-        return F.cross_entropy(
-            head.logits(_head_rows(rows)), rows.labels, reduction="none", label_smoothing=smoothing
-        )
+        def cross_entropy(part: Tensor, at: slice) -> Tensor:
+            return F.cross_entropy(
+                head.logits(part), rows.labels[at], reduction="none", label_smoothing=smoothing
+            )
+
+        return chunked_rows(_head_rows(rows), cross_entropy, len(head.weight))
 
     return term
 
@@ -317,10 +326,11 @@ def training_terms(
 def _learned_term(
     config: TransferConfig, layer: int, head: nn.Module, source_size: int, weight: float
 ) -> WeightedTerm:
-    size = head.weight.shape[1]  # type: ignore[union-attr,index,operator]
-    projection = learned_projection(size, source_size, head.weight, config.seed + layer)  # type: ignore[arg-type]
+    like = head.weight
+    assert isinstance(like, Tensor)
+    projection = learned_projection(like.shape[1], source_size, like, config.seed + layer)
     term = hidden_term(layer, projection, config.objective)
-    return WeightedTerm("layer_loss", weight, term, parameters=[projection.weight])
+    return WeightedTerm("layer_loss", weight, term, parameters=list(projection.parameters()))
 
 
 def _layer_term(objective: str, layer: int, head: nn.Module, transform: HeadTransform) -> Term:

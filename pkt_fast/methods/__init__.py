@@ -1,4 +1,4 @@
-"""The other published ways to move knowledge, beside SemAlign's: same data, trainer, adapter, report.
+"""The other published ways to move knowledge: same data, trainer, adapter and report.
 
 Fine-tuning, logit distillation and hidden-state distillation are settings of the common trainer
 (:data:`pkt_fast.config.METHOD_SETTINGS`).  Two methods also read the source's weights, so they make

@@ -48,7 +48,7 @@ def _batches(examples: Sequence[Example], size: int, pad_token_id: int) -> Itera
 
 
 class DeltaMaker:
-    """Attach something trainable to the target, name its parameters, turn it into a LoRA adapter."""
+    """Attach something trainable to the target, name its parameters, make it a LoRA adapter."""
 
     def __init__(self, inputs: MethodInputs) -> None:
         self.config = inputs.config
@@ -95,7 +95,9 @@ def oriented(module: nn.Module) -> Tensor:
     return weight.T if is_transposed(module) else weight
 
 
-def relative_paths(anatomy: Anatomy, layer: int, names: Sequence[str] | None) -> dict[str, nn.Module]:
+def relative_paths(
+    anatomy: Anatomy, layer: int, names: Sequence[str] | None
+) -> dict[str, nn.Module]:
     """The LoRA targets of a block by their path inside the block."""
     prefix = f"{anatomy.layers_path}.{layer}."
     return {
@@ -105,10 +107,10 @@ def relative_paths(anatomy: Anatomy, layer: int, names: Sequence[str] | None) ->
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Best rank-``rank`` factors of ``matrix`` (out, in): U_r·Σ_r (out, r) and V_rᵀ (r, in), float64.
+    """Best rank-r factors of ``matrix`` (out, in): U_r·Σ_r (out, r) and V_rᵀ (r, in), float64.
 
-    The sign of each singular pair is fixed (its largest entry of V is positive), so that the factors
-    do not depend on the library's choice; missing directions are zero.
+    The sign of each singular pair is fixed (its largest entry of V is positive), so that the
+    factors do not depend on the library's choice; missing directions are zero.
     """
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     count = min(rank, len(s))

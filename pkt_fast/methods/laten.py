@@ -1,11 +1,12 @@
-"""LaTen (Tan et al., ACL 2025, arXiv 2505.14436): align a source delta to the target, then inject it.
+"""LaTen (Tan et al., ACL 2025, arXiv 2505.14436): align a source delta, then inject it.
 
-A neuron is an input of a sublayer's output projection: its column there, and its row in the matrices
-that compute it.  Static attribution (arXiv 2312.12141) scores it by how much what it adds to the
-residual stream raises the log-probability of the next token.  The weights of the source's best tenth of
-neurons a layer are mapped by a two-layer ReLU hypernetwork, vector by vector, to the target's width and
-added to the weights of the target's own best neurons.  The hypernetwork alone trains, by the language
-model loss of the injected weights on a small alignment set; then the delta is injected once.
+A neuron is an input of a sublayer's output projection: its column there, and its row in the
+matrices that compute it.  Static attribution (arXiv 2312.12141) scores it by how much what it adds
+to the residual stream raises the log-probability of the next token.  The weights of the source's
+best tenth of neurons a layer are mapped by a two-layer ReLU hypernetwork, vector by vector, to the
+target's width and added to the weights of the target's own best neurons.  The hypernetwork alone
+trains, by the language model loss of the injected weights on a small alignment set; then the delta
+is injected once.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ SHARE = 0.1
 def neuron_scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Mean log-probability gain of every neuron: sublayer → (L, neurons), float64, on the CPU.
 
-    A neuron with activation u adds u·w (w its column of the output projection) to the stream h that
-    enters the sublayer.  Its score is the first-order gain of log p(y | h), through the final norm and
-    the head, for the true next token y: u·wᵀ∇_h log p(y | h), averaged over supervised positions.  No
-    gradient passes a block.
+    A neuron with activation u adds u·w (w its column of the output projection) to the stream h
+    that enters the sublayer.  Its score is the first-order gain of log p(y | h), through the final
+    norm and the head, for the true next token y: u·wᵀ∇_h log p(y | h), averaged over supervised
+    positions.  No gradient passes a block.
 
     Raises :class:`ModelError` when a sublayer's output is not the output of one linear module.
     """
@@ -56,8 +57,8 @@ def neuron_scores(model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tenso
         count += len(targets)
         for sublayer in SUBLAYERS:
             gains = [
-                _gain(anatomy, oriented(projections[layer][sublayer]), *seen[layer, sublayer], targets)
-                for layer in range(anatomy.num_layers)
+                _gain(anatomy, oriented(modules[sublayer]), *seen[layer, sublayer], targets)
+                for layer, modules in enumerate(projections)
             ]
             previous = sums.get(sublayer)
             sums[sublayer] = gains if previous is None else [
@@ -72,8 +73,8 @@ def _projections(anatomy: Anatomy, layer: int) -> dict[str, nn.Module]:
         projection = anatomy.output_projection(layer, sublayer)
         if projection is None:
             raise ModelError(
-                f"method='laten': layer {layer} of {type(anatomy.model).__name__} has no single linear "
-                f"module that makes its {sublayer} output; choose another method"
+                f"method='laten': layer {layer} of {type(anatomy.model).__name__} has no single "
+                f"linear module that makes its {sublayer} output; choose another method"
             )
         found[sublayer] = projection[1]
     return found
@@ -135,7 +136,7 @@ def _gain(
     return (activation * (gradient @ projection)).double().sum(0)
 
 
-# --------------------------------------------------------------------------- neurons and their weights
+# --------------------------------------------------------------------------- neurons' weights
 
 
 @dataclass(frozen=True)
@@ -156,8 +157,9 @@ class Side:
 def sides(anatomy: Anatomy, layer: int, names: Sequence[str] | None) -> list[Side]:
     """The LoRA targets of a block that hold neurons.
 
-    A matrix that computes several things at once (fused attention or gate projections) has no row for
-    each neuron and is left alone; value projections of grouped heads have one for a group of neurons.
+    A matrix that computes several things at once (fused attention or gate projections) has no row
+    for each neuron and is left alone; value projections of grouped heads have one for a group of
+    neurons.
     """
     prefix = f"{anatomy.layers_path}.{layer}."
     chosen = [path.removeprefix(prefix) for path in anatomy.lora_targets(layer, names)]
@@ -190,7 +192,7 @@ def best_neurons(scores: Tensor, places: int, count: int, head_size: int) -> Ten
 
 
 class Hypernetwork(nn.Module):
-    """x (n, D_src) → W₂·relu(W₁·x + b₁) + b₂ (n, D_tgt); starts at zero, so training starts at the target."""
+    """W₂·relu(W₁·x + b₁) + b₂, (n, D_src) → (n, D_tgt); zero before training."""
 
     def __init__(self, source_size: int, target_size: int) -> None:
         super().__init__()
@@ -242,7 +244,9 @@ class LatenMaker(DeltaMaker):
                 path = f"{target.layers_path}.{pair.target}.{side.path}"
                 self.changes[path] = _plan(source, target, pair, side, scores)
         if not self.changes:
-            raise ConfigError("method='laten': no target module holds neurons; leave target_modules unset")
+            raise ConfigError(
+                "method='laten': no target module holds neurons; leave target_modules unset"
+            )
         kinds = {change.side.path: change for change in self.changes.values()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -274,7 +278,7 @@ class LatenMaker(DeltaMaker):
         return change.matrix(self.networks[change.side.path](change.vectors.to(device)))
 
     def parameters(self, model: nn.Module, layers: Sequence[int]) -> list[nn.Parameter]:
-        return [parameter for network in self.networks.values() for parameter in network.parameters()]
+        return [p for network in self.networks.values() for p in network.parameters()]
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> nn.Module:
@@ -323,7 +327,8 @@ def _plan(
         theirs = oriented(source.layers[nearest].get_submodule(side.path))
     except AttributeError as error:
         raise ConfigError(
-            f"method='laten' needs models of one architecture: the source's blocks have no {side.path}"
+            "method='laten' needs models of one architecture: the source's blocks have no "
+            f"{side.path}"
         ) from error
     own = oriented(target.layers[pair.target].get_submodule(side.path))
     places = int(side.columns)
@@ -342,5 +347,6 @@ def _plan(
 
 def _head_size(anatomy: Anatomy) -> int:
     config: Any = anatomy.model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return int(getattr(config, "head_dim", None) or anatomy.hidden_size // config.num_attention_heads)
+    config = config.get_text_config()
+    size = getattr(config, "head_dim", None)
+    return int(size or anatomy.hidden_size // config.num_attention_heads)

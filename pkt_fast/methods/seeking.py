@@ -1,10 +1,11 @@
-"""Seeking (Zhong et al., ICLR 2024, arXiv 2310.11451): inject the source's sensitive weights, then train.
+"""Seeking (Zhong et al., ICLR 2024, arXiv 2310.11451): inject sensitive weights, then train.
 
-Sensitivity of a source parameter is |θ·∂L/∂θ| summed over seed examples.  The most sensitive source
-layers, rows and columns make target-shaped sub-matrices W_extract; their rank-r SVD initialises LoRA,
-B₀ = U_r·Σ_r and A₀ = V_rᵀ, and B₀A₀ is taken out of the target's weights, W ← W − s·B₀A₀ + s·BA, so
-that ordinary fine-tuning starts at the target and in the directions of the source's knowledge.  The
-shipped change of the untouched target is s·(BA − B₀A₀), of rank at most 2r.
+Sensitivity of a source parameter is |θ·∂L/∂θ| summed over seed examples.  The most sensitive
+source layers, rows and columns make target-shaped sub-matrices W_extract; their rank-r SVD
+initialises LoRA, B₀ = U_r·Σ_r and A₀ = V_rᵀ, and B₀A₀ is taken out of the target's weights,
+W ← W − s·B₀A₀ + s·BA, so that ordinary fine-tuning starts at the target and in the directions of
+the source's knowledge.  The shipped change of the untouched target is s·(BA − B₀A₀), of rank at
+most 2r.
 """
 
 from __future__ import annotations
@@ -87,7 +88,8 @@ def sensitivity(model: nn.Module, batches: Iterable[Batch], paths: Sequence[str]
     if not bool(torch.isfinite(layers).all()):
         layer = int((~torch.isfinite(layers)).nonzero()[0])
         raise NumericsError(
-            f"method='seeking': the sensitivity of source layer {layer} is not finite; try dtype='float32'"
+            f"method='seeking': the sensitivity of source layer {layer} is not finite; "
+            "try dtype='float32'"
         )
     return Sensitivity(layers, rows, columns)
 
@@ -116,14 +118,14 @@ class _blocks_trainable:
 
 
 def most_sensitive(scores: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest scores, in their original order; ties go to the lower index."""
+    """Indices of the ``count`` largest scores, in order of index; ties go to the lower one."""
     return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 
 
 def extract(
     weight: Tensor, row_scores: Tensor, column_scores: Tensor, shape: tuple[int, int]
 ) -> Tensor:
-    """The target-shaped sub-matrix of ``weight`` (out, in) with the most sensitive rows and columns."""
+    """The most sensitive rows and columns of ``weight`` (out, in), as a matrix of ``shape``."""
     rows = most_sensitive(row_scores, shape[0])
     columns = most_sensitive(column_scores, shape[1])
     return weight[rows][:, columns]
@@ -138,8 +140,8 @@ class SeekingMaker(DeltaMaker):
         source, target = Anatomy.of(inputs.source), Anatomy.of(inputs.target)
         if source.num_layers < target.num_layers:
             raise ConfigError(
-                f"method='seeking' keeps the best {target.num_layers} source layers, the source has "
-                f"{source.num_layers}: swap the models or choose another method"
+                f"method='seeking' keeps the best {target.num_layers} source layers, the source "
+                f"has {source.num_layers}: swap the models or choose another method"
             )
         wanted = {k: relative_paths(target, k, config.target_modules) for k in self.layers}
         _check_fit(source, wanted)
@@ -174,7 +176,8 @@ class SeekingMaker(DeltaMaker):
         set_lora(model, self.start, 1.0)
         self.initial = LayerDelta.from_peft(model)
         base = Anatomy.of(model).model
-        weights = [base.get_submodule(path).base_layer.weight for path in self.start]
+        modules: list[Any] = [base.get_submodule(path) for path in self.start]
+        weights: list[Tensor] = [module.base_layer.weight for module in modules]
         self.originals = [(weight, weight.detach().clone()) for weight in weights]
         inject(model, self.initial, -1.0, keep_backup=False)
         return model
@@ -224,12 +227,12 @@ def _check_fit(source: Anatomy, wanted: Mapping[int, Mapping[str, nn.Module]]) -
                     found = tuple(oriented(block.get_submodule(path)).shape)
                 except AttributeError as error:
                     raise ConfigError(
-                        f"method='seeking' needs models of one architecture: the source's blocks have "
-                        f"no {path}"
+                        "method='seeking' needs models of one architecture: the source's blocks "
+                        f"have no {path}"
                     ) from error
                 shape = tuple(oriented(module).shape)
                 if found[0] < shape[0] or found[1] < shape[1]:
                     raise ConfigError(
-                        f"method='seeking': {path} is {found[0]}x{found[1]} in the source, too small for "
-                        f"the target's {shape[0]}x{shape[1]} (layer {layer})"
+                        f"method='seeking': {path} is {found[0]}x{found[1]} in the source, too "
+                        f"small for the target's {shape[0]}x{shape[1]} (layer {layer})"
                     )

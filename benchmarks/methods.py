@@ -1,0 +1,89 @@
+"""Compare the methods on the research pairs and keep the numbers in benchmarks/results.
+
+    python scripts/train_demo_pair.py --what specialist --output PAIRS
+    python scripts/train_demo_pair.py --what sliced --output PAIRS
+    python benchmarks/methods.py --pairs PAIRS --setting sliced-32 --methods sft,kd,paper
+
+Settings are named PAIR-ROWS, with "-source" behind when the source writes the replies.  PAIR is
+"sliced" (target cut from the source, source fine-tuned on the rows' task), "independent" (bundled
+target, same source) or "bundled" (both bundled models, problems the source knows).  Methods that
+the result file already holds under the same settings are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from pkt_fast._files import write_json
+from pkt_fast.compare import Comparison, compare, load_comparison
+from pkt_fast.demo import bundled_rows, source_path, target_path
+
+RESULTS = Path(__file__).parent / "results"
+# rows: (epochs, batch size); 80 steps each, and 160 for the most rows
+SCHEDULES = {"32": (20, 8), "128": (10, 16), "512": (10, 32)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--pairs", type=Path, required=True, help="holds specialist/ and sliced/")
+    parser.add_argument("--setting", required=True, help="PAIR-ROWS or PAIR-ROWS-source")
+    parser.add_argument("--methods", required=True, help="names of recipes, with commas")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--budget", type=int, default=4)
+    args = parser.parse_args()
+    path = RESULTS / f"methods_{args.setting}.json"
+    known = load_comparison(path) if path.exists() else None
+    have = {method.name for method in known.methods} if known else set()
+    wanted = [name for name in args.methods.split(",") if name not in have]
+    if wanted:
+        found = _measure(args.setting, args.pairs, wanted, args.seeds, args.budget)
+        known = _merged(known, found)
+        write_json(path, known.as_dict())
+        path.with_suffix(".md").write_text(known.markdown(), encoding="utf-8")
+    assert known is not None
+    Console(width=220).print(known.table())
+
+
+def _measure(setting: str, pairs: Path, methods: list[str], seeds: str, budget: int) -> Comparison:
+    pair, rows, *labels = setting.split("-")
+    epochs, batch_size = SCHEDULES[rows]
+    split = "" if pair == "bundled" else "specialty"
+    names = {"train": split or "train"} | {
+        role: f"{split}_{role}" if split else role for role in ("validation", "test")
+    }
+    return compare(
+        source_path() if pair == "bundled" else pairs / "specialist",
+        pairs / "sliced" if pair == "sliced" else target_path(),
+        bundled_rows(names["train"]),
+        methods,
+        validation=bundled_rows(names["validation"]),
+        test=bundled_rows(names["test"]),
+        other=bundled_rows("other"),
+        source_base=None if pair == "bundled" else source_path(),
+        examples=int(rows),
+        labels=labels[0] if labels else "given",
+        seeds=[int(seed) for seed in seeds.split(",")],
+        tune_budget=budget,
+        max_new_tokens=40,
+        epochs=epochs,
+        batch_size=batch_size,
+    )
+
+
+def _merged(known: Comparison | None, found: Comparison) -> Comparison:
+    if known is None:
+        return found
+    recipes = {**known.settings["recipes"], **found.settings["recipes"]}
+    same = {k: v for k, v in found.settings.items() if k != "recipes"}
+    if same != {k: v for k, v in known.settings.items() if k != "recipes"}:
+        raise SystemExit("the result file holds other settings; delete it or choose another name")
+    settings = {**known.settings, "recipes": recipes}
+    return replace(known, settings=settings, methods=[*known.methods, *found.methods])
+
+
+if __name__ == "__main__":
+    main()
