@@ -101,6 +101,11 @@ def _command(commands: Any, name: str, summary: str) -> _Parser:
 def _transfer(commands: Any) -> None:
     parser = _command(commands, "transfer", "move knowledge from a source into a smaller target")
     _add_pair(parser)
+    parser.add_argument(
+        "--source-base",
+        metavar="MODEL",
+        help="the source before its fine-tuning: transfer the change",
+    )
     _add_data(parser, "rows to transfer on")
     parser.add_argument("--output", metavar="DIR", help="where to write the adapter and the report")
     parser.add_argument("--config", metavar="FILE", help="JSON file of settings")

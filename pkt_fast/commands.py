@@ -69,6 +69,7 @@ def _transfer(args: argparse.Namespace) -> None:
         args.source,
         args.target,
         args.data,
+        source_base=args.source_base,
         config=args.config,
         preset=args.preset,
         output_dir=args.output,
@@ -245,6 +246,8 @@ def _analyze(args: argparse.Namespace) -> None:
     if not args.quiet:
         out = console()
         out.print(facts("analyze", analysis.summary()))
+        if not any(path.suffix == ".png" for path in written):
+            out.print("no pictures: they need pip install 'pkt-fast[plots]'", markup=False)
         out.print("written: " + escape(", ".join(str(path) for path in written)), soft_wrap=True)
 
 
