@@ -22,11 +22,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_blocks(rows: int, row_bytes: int, budget: int = MEMORY_BUDGET) -> Iterator[slice]:
-    """Slices of ``rows`` whose temporaries, ``row_bytes`` each row, stay within ``budget``.
+def row_blocks(rows: int, row_bytes: int, budget: int | None = None) -> Iterator[slice]:
+    """Slices of ``rows`` whose temporaries, ``row_bytes`` each row, stay within ``budget`` (64 MB).
 
     A block has at least 16 rows, so that a large vocabulary is not read once per row.
     """
+    budget = MEMORY_BUDGET if budget is None else budget
     step = max(SMALLEST_BLOCK, budget // max(row_bytes, 1))
     blocks = max(1, -(-rows // step))
     step = max(1, -(-rows // blocks))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, ShapeError
 from ._blocks import accumulation_dtype, floor_norm, no_float64, row_blocks, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -39,7 +39,7 @@ def decompose(
     of ``hidden``.  ``temperature`` belongs to softmax, ``k`` to top_k, ``threshold`` to threshold.
     A zero row has all coefficients 0.  Memory is a bounded block of coefficients beside the output.
 
-    Raises :class:`~pkt_fast.errors.DataError` for shapes that do not fit and
+    Raises :class:`~pkt_fast.errors.ShapeError` for shapes that do not fit and
     :class:`~pkt_fast.errors.ConfigError` for an impossible setting.
     """
     if (
@@ -47,7 +47,7 @@ def decompose(
         or hidden.shape[1] != source_basis.shape[1]
         or source_basis.shape[0] != target_basis.shape[0]
     ):
-        raise DataError(
+        raise ShapeError(
             f"decompose: hidden {tuple(hidden.shape)}, source basis {tuple(source_basis.shape)}, "
             f"target basis {tuple(target_basis.shape)} must be (N, D_src), (V, D_src), (V, D_tgt)"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import DataError
+from ..errors import ConfigError, DataError, ShapeError
 from ._blocks import accumulation_dtype, floor_norm, no_float64, row_blocks, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -53,7 +53,7 @@ def label_cosine(
     _check(hidden, labels, weight, bias, smoothing)
     size = weight.shape[1]
     if factor.shape != (size, size) or shift.shape != (size,) or label_sum.shape != (size,):
-        raise DataError(
+        raise ShapeError(
             f"label_cosine: statistics of shapes {tuple(factor.shape)}, {tuple(shift.shape)}, "
             f"{tuple(label_sum.shape)} do not fit a head of width {size}; use head_statistics()"
         )
@@ -68,21 +68,21 @@ def _check(
     hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, smoothing: float
 ) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise DataError(
+        raise ShapeError(
             f"label_cosine: hidden {tuple(hidden.shape)} and head {tuple(weight.shape)} must be "
             "(N, D) and (V, D)"
         )
     if labels.shape != hidden.shape[:1] or labels.is_floating_point():
-        raise DataError(
+        raise ShapeError(
             f"label_cosine: labels must be {hidden.shape[0]} integers, "
             f"not {labels.dtype} of shape {tuple(labels.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise DataError(
+        raise ShapeError(
             f"label_cosine: bias {tuple(bias.shape)} does not fit {weight.shape[0]} labels"
         )
     if not 0.0 <= smoothing < 1.0:
-        raise DataError(f"label_cosine: smoothing {smoothing} is not in [0, 1)")
+        raise ConfigError(f"label_cosine: smoothing {smoothing} is not in [0, 1)")
 
 
 def check_labels(labels: Tensor, size: int) -> None:
@@ -287,7 +287,7 @@ def label_cosine_chunked(
     """
     _check(hidden, labels, weight, bias, smoothing)
     if softcap < 0:
-        raise DataError(f"label_cosine_chunked: softcap {softcap} is negative; 0 means none")
+        raise ConfigError(f"label_cosine_chunked: softcap {softcap} is negative; 0 means none")
     want_gradient = torch.is_grad_enabled() and hidden.requires_grad
     return _label_cosine_chunked(
         hidden, labels, weight, bias, smoothing, softcap, want_gradient

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, ShapeError
 from ._blocks import accumulation_dtype, no_float64, row_blocks, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -44,13 +44,13 @@ def linear_kl(
     no τ² factor.  A softcap of 0 means none.  Differentiable in ``target_hidden`` only.  Row v of
     both heads must be the same label.  Memory is a bounded block of logits beside the inputs.
 
-    Raises :class:`~pkt_fast.errors.DataError` for shapes that do not fit and
+    Raises :class:`~pkt_fast.errors.ShapeError` for shapes that do not fit and
     :class:`~pkt_fast.errors.ConfigError` for an impossible setting.
     """
     _check(target_hidden, target_head, target_bias, "target")
     _check(source_hidden, source_head, source_bias, "source")
     if len(target_hidden) != len(source_hidden) or len(target_head) != len(source_head):
-        raise DataError(
+        raise ShapeError(
             f"linear_kl: {len(target_hidden)} target and {len(source_hidden)} source rows, "
             f"{len(target_head)} and {len(source_head)} labels; both pairs must be equal "
             "(select the shared labels first)"
@@ -71,12 +71,12 @@ def linear_kl(
 
 def _check(hidden: Tensor, head: Tensor, bias: Tensor | None, side: str) -> None:
     if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1]:
-        raise DataError(
+        raise ShapeError(
             f"linear_kl: {side} hidden {tuple(hidden.shape)} and head {tuple(head.shape)} must be "
             "(N, D) and (V, D)"
         )
     if bias is not None and bias.shape != head.shape[:1]:
-        raise DataError(
+        raise ShapeError(
             f"linear_kl: {side} bias {tuple(bias.shape)} does not fit {head.shape[0]} labels"
         )
 

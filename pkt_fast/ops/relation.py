@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import DataError
+from ..errors import ShapeError
 from ._blocks import accumulation_dtype, floor_norm, no_float64
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -28,14 +28,14 @@ def relation(x: Tensor, y: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tens
     starts[s+1]; starts (S+1,) int64 rises from 0 to R -> three (S,) in float32 (float64 for float64
     ``x``).  A sequence of fewer than two tokens gives zeros and no gradient.
 
-    Raises :class:`~pkt_fast.errors.DataError` for shapes or starts that do not fit.
+    Raises :class:`~pkt_fast.errors.ShapeError` for shapes or starts that do not fit.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
-        raise DataError(
+        raise ShapeError(
             f"relation: x {tuple(x.shape)} and y {tuple(y.shape)} must be (R, D_x) and (R, D_y)"
         )
     if starts.dim() != 1 or len(starts) < 1 or starts.dtype != torch.int64:
-        raise DataError(
+        raise ShapeError(
             f"relation: starts must be int64 of shape (S+1,), not {starts.dtype} of "
             f"{tuple(starts.shape)}"
         )
@@ -101,10 +101,10 @@ _relation.register_autograd(_scale_row_gradients, setup_context=_keep_row_gradie
 
 
 def sequences(starts: Tensor, rows: int) -> list[tuple[int, int]]:
-    """The (start, end) of every sequence; DataError unless they rise from 0 to ``rows``."""
+    """The (start, end) of every sequence; ShapeError unless they rise from 0 to ``rows``."""
     bounds = starts.tolist()
     if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
-        raise DataError(f"relation: starts must rise from 0 to the {rows} rows, not {bounds[:8]}")
+        raise ShapeError(f"relation: starts must rise from 0 to the {rows} rows, not {bounds[:8]}")
     return list(itertools.pairwise(bounds))
 
 
