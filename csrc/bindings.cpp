@@ -54,13 +54,13 @@ std::int64_t capture_rows(std::uintptr_t out, int out_dtype, std::int64_t out_st
   return -1;
 }
 
-void grad_x_act(std::uintptr_t sums, std::int64_t batch, std::int64_t tokens, std::int64_t dim,
-                int gradient_dtype, const ActivationArgs& gradient, int activation_dtype,
+void grad_x_act(std::uintptr_t with_sign, std::uintptr_t absolute, std::int64_t batch,
+                std::int64_t tokens, std::int64_t dim, int gradient_dtype,
+                const ActivationArgs& gradient, int activation_dtype,
                 const ActivationArgs& activations, int threads) {
-  auto* with_sign = static_cast<double*>(writable(sums));
-  pkt::GradXAct job{with_sign,        with_sign + batch,    batch,
-                    tokens,           dim,                  gradient_dtype,
-                    activation_dtype, activation(gradient), activation(activations),
+  pkt::GradXAct job{writable(with_sign), writable(absolute),   batch,
+                    tokens,              dim,                  gradient_dtype,
+                    activation_dtype,    activation(gradient), activation(activations),
                     threads};
   py::gil_scoped_release unlocked;
   pkt::kernels().grad_x_act(job);

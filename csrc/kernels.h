@@ -32,8 +32,8 @@ struct CaptureRows {
 };
 
 struct GradXAct {
-  double* with_sign;  // (batch,) each
-  double* absolute;
+  void* with_sign;  // (batch,) each: double for double inputs, else float
+  void* absolute;
   int64_t batch, tokens, dim;
   int gradient_dtype, activation_dtype;
   Activation gradient, activation;

@@ -1,4 +1,4 @@
-"""The package as it is built and installed, and the name ``kernels``, which belongs to another one."""
+"""The package as built and installed, and the name ``kernels``, which belongs to another one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not SOURCE_TREE, reason="needs the source tree")
 
 
 def python(*arguments, cwd, path=(), **environment):
-    """Run Python in ``cwd`` with ``path`` before everything else on sys.path; returns its output."""
+    """Run Python in ``cwd`` with ``path`` ahead on sys.path; returns what it printed."""
     env = os.environ | environment
     env["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [env.get("PYTHONPATH")])])
     done = subprocess.run(

@@ -56,6 +56,7 @@ Sums row_sums(const G* g, const A* a, int64_t dim) {
 
 template <class G, class A>
 void reduce(const GradXAct& job) {
+  using Scalar = typename Math<G>::Scalar;
   const int64_t dim = job.dim;
   const int64_t rows_per_task = dim > 0 && dim < kTaskElements ? kTaskElements / dim : 1;
   const bool contiguous = job.gradient.row_stride == dim && job.activation.row_stride == dim;
@@ -87,8 +88,8 @@ void reduce(const GradXAct& job) {
       sums.with_sign += partial[example * tasks_per_example + task].with_sign;
       sums.absolute += partial[example * tasks_per_example + task].absolute;
     }
-    job.with_sign[example] = sums.with_sign;
-    job.absolute[example] = sums.absolute;
+    static_cast<Scalar*>(job.with_sign)[example] = Scalar(sums.with_sign);
+    static_cast<Scalar*>(job.absolute)[example] = Scalar(sums.absolute);
   }
   delete[] partial;
 }

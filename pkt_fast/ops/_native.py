@@ -40,9 +40,11 @@ def bytes_spanned(x: Tensor) -> tuple[int, int]:
 
 
 def may_overlap(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory ranges of two tensors on one device intersect."""
+    """Whether two tensors lie in one storage and the ranges they span there intersect."""
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr():
+        return False
     (x_start, x_end), (y_start, y_end) = bytes_spanned(x), bytes_spanned(y)
-    return x.device == y.device and x_start < y_end and y_start < x_end
+    return x_start < y_end and y_start < x_end
 
 
 def accumulator(*operands: Tensor) -> torch.dtype:

@@ -52,7 +52,7 @@ def _run(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     return dispatch("grad_x_act", gradient, gradient, activation)
 
 
-def _fake(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     dtype = accumulator(gradient, activation)
     return (
         gradient.new_empty(gradient.shape[0], dtype=dtype),
@@ -61,7 +61,7 @@ def _fake(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _library.impl("grad_x_act", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("pkt_fast::grad_x_act", _fake, lib=_library)
+torch.library.register_fake("pkt_fast::grad_x_act", _outputs, lib=_library)
 
 
 @implementation("grad_x_act", "reference")
@@ -92,17 +92,15 @@ if (_native_grad_x_act := native_kernel("grad_x_act")) is not None:
     def _grad_x_act_native(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
         gradient, activation = rows_contiguous(gradient), rows_contiguous(activation)
         batch, tokens, dim = gradient.shape
-        sums = torch.empty(2, batch, dtype=torch.float64)
+        signed, absolute = _outputs(gradient, activation)
         item_bytes = gradient.element_size() + activation.element_size()
         _native_grad_x_act(
-            sums.data_ptr(), batch, tokens, dim,
+            signed.data_ptr(), absolute.data_ptr(), batch, tokens, dim,
             DTYPE_CODES[gradient.dtype], _strided(gradient),
             DTYPE_CODES[activation.dtype], _strided(activation),
             threads_for(gradient.numel() * item_bytes),
         )
-        signed, absolute = sums.to(accumulator(gradient, activation)).unbind(0)
-        # Two tensors of their own: the outputs of an op may not share memory.
-        return signed.clone(), absolute.clone()
+        return signed, absolute
 
 
 triton_implementation("grad_x_act", "grad_x_act", supports=up_to_32_bits)

@@ -9,6 +9,7 @@ dtype, |lo| <= |x| < |hi|, the element becomes hi where ``(word >> 8) / 2²⁴ <
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -106,12 +107,16 @@ def _check(
 
 
 def _check_disjoint(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    spans = sorted((x.device.type, x.device.index or 0, *bytes_spanned(x)) for x in written)
-    for left, right in pairwise(spans):
-        if left[:2] == right[:2] and right[2] < left[3]:
+    by_storage: dict[int, list[Tensor]] = defaultdict(list)
+    for x in written:
+        by_storage[x.untyped_storage().data_ptr()].append(x)
+    for together in by_storage.values():
+        spans = sorted(map(bytes_spanned, together)) if len(together) > 1 else []
+        if any(right[0] < left[1] for left, right in pairwise(spans)):
             raise ShapeError("inject_: weights and backups must not share memory")
-    if any(may_overlap(x, y) for x in written for y in read):
-        raise ShapeError("inject_: a weight or backup shares memory with a factor")
+    for y in read:
+        if any(may_overlap(x, y) for x in by_storage.get(y.untyped_storage().data_ptr(), ())):
+            raise ShapeError("inject_: a weight or backup shares memory with a factor")
 
 
 def _run(
