@@ -270,7 +270,7 @@ def kernel_modules() -> list[str]:
 
 
 def triton_rows(modules: Sequence[str], archs: Sequence[str], jobs: int) -> list[Row]:
-    """One row per declared kernel and architecture, compiled in ``jobs`` processes (1: this one)."""
+    """One row per declared kernel and architecture, compiled in ``jobs`` processes, if several."""
     tasks = [
         (module, arch, position, spec)
         for module in modules
