@@ -194,6 +194,25 @@ class Tail:
         )
 
     @contextlib.contextmanager
+    def compiled(self, wanted: bool) -> Iterator[None]:
+        """With ``wanted``, ``torch.compile`` the blocks above ``first`` that nothing is read from.
+
+        Blocks with hooks stay eager: hooks come and go with every batch, which would compile anew.
+        """
+        blocks = [
+            block
+            for i, block in enumerate(self.anatomy.layers)
+            if wanted and i > self.first and i not in self.layers
+        ]
+        for block in blocks:
+            block.compile(dynamic=True)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None
+
+    @contextlib.contextmanager
     def _reading(self, layer: int, values: dict[int, Tensor]) -> Iterator[None]:
         tap = self.anatomy.tap(layer, self.interface)
 
@@ -276,8 +295,12 @@ def train(
     counts = [example.num_supervised for example in loader.examples]
     log = _LossLog(steps, first_step, config.log_every, on_step)
     stream = loader.stream([micro for step in steps for micro in step.micro])
-    tail.model.train(config.dropout > 0)
-    with _seeded(config.seed), contextlib.closing(stream):  # type: ignore[type-var]
+    with (
+        _seeded(config.seed),
+        _adapter_dropout(tail.model),
+        tail.compiled(config.compile),
+        contextlib.closing(stream),  # type: ignore[type-var]
+    ):
         for number, step in enumerate(steps):
             units = _units(step, counts)
             sums: dict[str, Tensor] = {}
@@ -291,7 +314,6 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             log.add(number, sums, rate, units["rows"])
-    tail.model.eval()
     return log.finish()
 
 
@@ -313,6 +335,19 @@ def _backward(
         sums[term.name] = sums.get(term.name, 0) + shown.detach()
     assert total is not None
     total.backward()
+
+
+@contextlib.contextmanager
+def _adapter_dropout(model: nn.Module) -> Iterator[None]:
+    """Training mode for the adapter's dropout alone: frozen blocks act as in the stored passes."""
+    model.eval()
+    for name, module in model.named_modules():
+        if ".lora_dropout" in name:
+            module.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 @contextlib.contextmanager

@@ -357,3 +357,12 @@ def test_gradient_checkpointing_and_clipping_train():
     assert relative_error(checkpointed.delta, plain.delta) < 1e-5
     clipped = transfer(*pair(), layers=[1], max_grad_norm=1e-3)
     assert relative_error(clipped.delta, plain.delta) > 1e-6
+
+
+@pytest.mark.slow
+def test_a_compiled_tail_gives_the_same_adapter():
+    plain = transfer(*pair(), layers=[1])
+    source, target = pair()
+    compiled = transfer(source, target, layers=[1], compile=True)
+    assert relative_error(compiled.delta, plain.delta) < 1e-4
+    assert all(block._compiled_call_impl is None for block in target.model.layers)
