@@ -10,6 +10,8 @@ The public names below load on first use, so that ``import pkt_fast`` itself is 
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -63,6 +65,17 @@ __all__ = [
     "pair_layers",
     "transfer",
 ]
+
+
+class _Package(types.ModuleType):
+    """The package: a public function keeps its name when the submodule of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

@@ -17,27 +17,32 @@ from .errors import OutputError
 def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse, before any work is done, an output directory that cannot or must not be written.
 
-    Raises :class:`OutputError` when the path is a file, is not empty without ``overwrite``, or is not
-    writable.
+    Raises :class:`OutputError` when the path is a file, is not empty without ``overwrite``, or is
+    not writable.
     """
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"output path {directory} is a file; give a directory")
     if directory.is_dir() and any(directory.iterdir()) and not overwrite:
-        raise OutputError(f"output directory {directory} is not empty; choose another or --overwrite")
+        raise OutputError(
+            f"output directory {directory} is not empty; choose another or --overwrite"
+        )
     try:
         parent = directory.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         probe = tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent)
         os.rmdir(probe)
     except OSError as error:
-        raise OutputError(f"output directory {directory} is not writable: {error.strerror}") from error
+        raise OutputError(
+            f"output directory {directory} is not writable: {error.strerror}"
+        ) from error
     return directory
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that takes the name ``path`` when the block ends without an error.
+    """Yield a temporary directory that takes the name ``path`` when the block ends without an
+    error.
 
     On an error the temporary directory is removed and what stood at ``path`` before is untouched.
     Raises :class:`OutputError` as :func:`check_output_dir`, and when the disk is full.
@@ -72,7 +77,8 @@ def _umask() -> int:
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that is renamed to it when the block ends without error.
+    """Yield a temporary path beside ``path`` that is renamed to it when the block ends without
+    error.
 
     Raises :class:`OutputError` when the file cannot be written (the disk is full, no permission).
     """

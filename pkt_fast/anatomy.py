@@ -807,8 +807,8 @@ def _record_blocks(
         stream, entered = streams[name]
         if not bool(torch.isfinite(output if isinstance(output, Tensor) else output[0]).all()):
             raise NumericsError(
-                f"layer {len(records)} of {_name(model)} gives NaN or inf on six random tokens: check "
-                "the checkpoint, or use dtype='float32'"
+                f"layer {len(records)} of {_name(model)} gives NaN or inf on six random tokens: "
+                "check the checkpoint, or use dtype='float32'"
             )
         if not torch.equal(_exact(stream), entered):
             raise ModelError(f"{_name(model)} overwrites the input of block {name}: not supported")

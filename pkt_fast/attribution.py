@@ -31,10 +31,10 @@ def attribute(
 ) -> Tensor:
     """Score every layer of ``model`` on ``batches``: (L,), float64, on the CPU.
 
-    The objective is each example's mean next-token loss over its supervised tokens; the activation is
-    read at ``interface`` (as in :func:`pkt_fast.capture`).  With p = gradient · activation, an example
-    contributes Σ|p| ("absolute"), Σp ("signed") or |Σp| ("net") over its tokens and channels, and the
-    score is the mean over examples.
+    The objective is each example's mean next-token loss over its supervised tokens; the activation
+    is read at ``interface`` (as in :func:`pkt_fast.capture`).  With p = gradient · activation, an
+    example contributes Σ|p| ("absolute"), Σp ("signed") or |Σp| ("net") over its tokens and
+    channels, and the score is the mean over examples.
 
     Raises :class:`DataError` without a supervised token, :class:`NumericsError` when a score is not
     finite (naming the layer) and :class:`ConfigError` for an unknown reduction.
@@ -47,7 +47,9 @@ def attribute(
         for signed, absolute in [gradient_x_activation(model, batch, interface=interface)]
     ]
     if not per_example:
-        raise DataError("attribution got no batch: give at least one example with supervised tokens")
+        raise DataError(
+            "attribution got no batch: give at least one example with supervised tokens"
+        )
     scores = torch.cat(per_example, dim=1).mean(1)
     if not torch.isfinite(scores).all():
         layer = int((~torch.isfinite(scores)).nonzero()[0])
@@ -70,8 +72,10 @@ def gradient_x_activation(
         loss = _summed_mean_losses(anatomy, head_input.hidden, batch)
         gradients = torch.autograd.grad(loss, [value.value for value in values])
     pairs = [
-        grad_x_act(gradient, value.value.detach() if value.minus is None
-                   else (value.value - value.minus).detach())
+        grad_x_act(
+            gradient,
+            value.value.detach() if value.minus is None else (value.value - value.minus).detach(),
+        )
         for gradient, value in zip(gradients, values, strict=True)
     ]
     signed = torch.stack([pair[0] for pair in pairs]).double().cpu()
@@ -127,7 +131,9 @@ def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[TapValue]]:
 
 @contextlib.contextmanager
 def _inference_with_graph(model: nn.Module) -> Iterator[None]:
-    """Eval mode, parameters frozen, the embedding output the only leaf: gradients of activations alone."""
+    """Eval mode, parameters frozen, the embedding output the only leaf: gradients of activations
+    alone.
+    """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     model.eval()

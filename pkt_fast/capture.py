@@ -26,7 +26,9 @@ INTERFACES = ("mlp", "attention", "block", "contribution")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to keep under ``key``: one layer's rows, or (1 − weight)·first + weight·second of two."""
+    """What to keep under ``key``: one layer's rows, or (1 − weight)·first + weight·second of
+    two.
+    """
 
     key: int
     layers: tuple[int, ...]
@@ -88,7 +90,9 @@ class Activations(Mapping[int, Tensor]):
 
 
 class _Recorder:
-    """Forward hooks for a set of :class:`Wanted`; second layers meet the first one's tensors here."""
+    """Forward hooks for a set of :class:`Wanted`; second layers meet the first one's tensors
+    here.
+    """
 
     def __init__(
         self,
@@ -114,7 +118,9 @@ class _Recorder:
         ]
 
     def _hook(self, layer: int) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> None:
             self._layer_ran(layer, self.taps[layer].read(args, kwargs, output))
 
         return hook
@@ -187,18 +193,16 @@ def capture(
 ) -> contextlib.AbstractContextManager[Activations]:
     """Keep the outputs of ``layers`` (0-based) at ``positions`` while the model runs in the block.
 
-    ``interface`` is where a layer is read: "mlp" or "attention" (the sublayer's output as added to the
-    residual stream), "block" (the block's output) or "contribution" (block output − block input).
-    ``positions`` is a boolean mask (B, T), None for all.  ``normalize`` stores unit rows; ``dtype`` is
-    what rows are stored in (the model's own by default).
+    ``interface`` is where a layer is read: "mlp" or "attention" (the sublayer's output as added to
+    the residual stream), "block" (the block's output) or "contribution" (block output − block
+    input). ``positions`` is a boolean mask (B, T), None for all.  ``normalize`` stores unit rows;
+    ``dtype`` is what rows are stored in (the model's own by default).
 
-    Yields :class:`Activations`; ``acts[layer]`` is (N, D).  Raises :class:`ConfigError` for an unknown
-    interface, a layer out of range or a mask that does not fit.
+    Yields :class:`Activations`; ``acts[layer]`` is (N, D).  Raises :class:`ConfigError` for an
+    unknown interface, a layer out of range or a mask that does not fit.
     """
     wanted = [Wanted(layer, (layer,)) for layer in dict.fromkeys(layers)]
-    return record(
-        model, wanted, interface, positions=positions, normalize=normalize, dtype=dtype
-    )
+    return record(model, wanted, interface, positions=positions, normalize=normalize, dtype=dtype)
 
 
 def check_finite(rows: Tensor, what: str) -> None:
@@ -206,5 +210,6 @@ def check_finite(rows: Tensor, what: str) -> None:
     if not bool(torch.isfinite(rows).all()):
         bad = int((~torch.isfinite(rows)).any(-1).sum())
         raise NumericsError(
-            f"{what}: {bad} of {len(rows)} rows hold NaN or inf; try dtype='float32' or check the model"
+            f"{what}: {bad} of {len(rows)} rows hold NaN or inf; try dtype='float32' or check the "
+            "model"
         )

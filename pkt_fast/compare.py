@@ -230,7 +230,8 @@ class Comparison:
         s = self.settings
         return (
             f"{s['examples']} rows, labels {s['labels']}, {s['epochs']} epochs, {s['budget']} "
-            f"trials a method, {len(s['seeds'])} seeds, {s['test_rows']} test rows; mean ± 95 % interval"
+            f"trials a method, {len(s['seeds'])} seeds, {s['test_rows']} test rows; "
+            "mean ± 95 % interval"
         )
 
     def markdown(self) -> str:
@@ -421,7 +422,7 @@ def _split(data: Any, validation: Any, test: Any, other: Any) -> dict[str, Rows]
         named = {"train": "train", "validation": "validation", "test": "test", "other": "other"}
         given = {"validation": validation, "test": test, "other": other}
         return {
-            role: read_rows(bundled_rows(split) if given.get(role) is None else given[role])[0]
+            role: read_rows(given.get(role) or bundled_rows(split))[0]
             for role, split in named.items()
         }
     rows = read_rows(data)[0]

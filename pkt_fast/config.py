@@ -65,18 +65,23 @@ def _setting(default: Any, doc: str) -> Any:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """Settings of :func:`pkt_fast.transfer`; defaults are SemAlign's (PAPER v1) where it states one."""
+    """Settings of :func:`pkt_fast.transfer`; defaults are SemAlign's (PAPER v1) where it states
+    one.
+    """
 
     # what is matched
     method: str = _setting("semalign", "which method trains the target: " + ", ".join(METHODS))
     interface: str = _setting("mlp", "where a layer is read: " + ", ".join(INTERFACES))
     objective: str = _setting("cosine", "layer objective: " + ", ".join(OBJECTIVES))
     output_loss: str = _setting("label_cosine", "loss on the output: " + ", ".join(OUTPUT_LOSSES))
-    recompose: str = _setting("frame", "how source activations reach the target's space: "
-                              + ", ".join(RECOMPOSITIONS))
+    recompose: str = _setting(
+        "frame", "how source activations reach the target's space: " + ", ".join(RECOMPOSITIONS)
+    )
     layer_weight: float = _setting(1.0, "weight of the layer objective")
     output_weight: float = _setting(1.0, "weight of the output loss")
-    label_weight: float = _setting(0.0, "weight of a cross-entropy on the labels beside output_loss")
+    label_weight: float = _setting(
+        0.0, "weight of a cross-entropy on the labels beside output_loss"
+    )
     label_smoothing: float = _setting(0.0, "label smoothing of label losses")
     temperature: float = _setting(1.0, "softmax temperature of kl")
     kl_kind: str = _setting("forward", "divergence used by kl: " + ", ".join(KL_KINDS))
@@ -85,16 +90,21 @@ class TransferConfig:
     threshold: float = _setting(0.05, "smallest coefficient kept by recompose='threshold'")
     fit: str = _setting("ridge", "how recompose='fitted' is fitted: " + ", ".join(FITS))
     fit_examples: int = _setting(
-        64, "examples that recompose='lens' or 'fitted' is fitted, and any map judged on (a tenth)")
+        64, "examples that recompose='lens' or 'fitted' is fitted, and any map judged on (a tenth)"
+    )
     fit_ridge: float = _setting(
-        1e-2, "ridge strength of recompose='lens' and 'fitted', relative to the mean moment")
+        1e-2, "ridge strength of recompose='lens' and 'fitted', relative to the mean moment"
+    )
     # which layers
     num_layers: int = _setting(1, "critical layers to transfer")
     layers: tuple[int, ...] | str | None = _setting(
-        None, "target layers to steer (0-based) instead of attributing, or 'all'")
+        None, "target layers to steer (0-based) instead of attributing, or 'all'"
+    )
     reduction: str = _setting("absolute", "attribution score: " + ", ".join(REDUCTIONS))
     attribution_examples: int = _setting(32, "examples the attribution is measured on")
-    schedule: str = _setting("joint", "all layers at once, or shallow to deep: " + ", ".join(SCHEDULES))
+    schedule: str = _setting(
+        "joint", "all layers at once, or shallow to deep: " + ", ".join(SCHEDULES)
+    )
     # training
     solver: str = _setting("adamw", "how the delta is found: " + ", ".join(SOLVERS))
     ridge: float = _setting(1e-2, "ridge strength of solver='ridge', relative to the mean moment")
@@ -111,7 +121,8 @@ class TransferConfig:
     alpha: float = _setting(16.0, "LoRA alpha; the delta is alpha/rank·B·A")
     dropout: float = _setting(0.0, "LoRA dropout")
     target_modules: tuple[str, ...] | None = _setting(
-        None, "names of the linear modules that move; None = up, down, value and output projections")
+        None, "names of the linear modules that move; None = up, down, value and output projections"
+    )
     gradient_checkpointing: bool = _setting(False, "recompute the tail's activations in backward")
     compile: bool = _setting(False, "torch.compile the tail")
     # data
@@ -124,7 +135,9 @@ class TransferConfig:
     seed: int = _setting(0, "seed of adapter initialisation and batch order")
     backend: str = _setting("auto", "implementation of the ops: " + ", ".join(BACKENDS))
     store: str = _setting("memory", "'memory', or a directory for the activation stores")
-    store_budget_gb: float = _setting(8.0, "activation rows kept in memory before 'memory' is refused")
+    store_budget_gb: float = _setting(
+        8.0, "activation rows kept in memory before 'memory' is refused"
+    )
     log_every: int = _setting(1, "read losses from the device every so many steps")
     overwrite: bool = _setting(False, "replace a non-empty output directory")
     trust_remote_code: bool = _setting(False, "run code that ships with a hub model")
@@ -140,7 +153,8 @@ class TransferConfig:
             raise ConfigError("objective='none' and output_loss='none' leave nothing to train on")
         if self.method in ("seeking", "laten") and (self.solver != "adamw" or self.warm_start):
             raise ConfigError(
-                f"method={self.method!r} finds its delta itself: use solver='adamw', warm_start=False"
+                f"method={self.method!r} finds its delta itself: use solver='adamw' and "
+                "warm_start=False"
             )
         if self.solver == "ridge" and self.objective not in RIDGE_OBJECTIVES:
             raise ConfigError(
@@ -149,8 +163,8 @@ class TransferConfig:
             )
         if self.warm_start and (self.solver == "ridge" or self.objective not in ALIGNED_OBJECTIVES):
             raise ConfigError(
-                "warm_start=True starts solver='adamw' from the ridge solution of a layer objective "
-                f"({', '.join(ALIGNED_OBJECTIVES)})"
+                "warm_start=True starts solver='adamw' from the ridge solution of a layer "
+                f"objective ({', '.join(ALIGNED_OBJECTIVES)})"
             )
         if self.method == "laten" and self.schedule != "joint":
             raise ConfigError("method='laten' injects every layer at once: use schedule='joint'")
@@ -167,7 +181,8 @@ class TransferConfig:
         preset: str | None = None,
         **overrides: Any,
     ) -> TransferConfig:
-        """Combine a preset, a config (object, mapping, or JSON file) and single fields, in that order.
+        """Combine a preset, a config (object, mapping, or JSON file) and single fields, in that
+        order.
 
         Fields that none of them sets take the method's settings (:data:`METHOD_SETTINGS`), then the
         defaults.  Of a config object the fields that differ from the defaults count as set.
@@ -269,7 +284,9 @@ def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
 
 
 def _within(name: str, value: Any, kind: type, test: Callable[[Any], bool], wanted: str) -> None:
-    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+    numeric = isinstance(value, int if kind is int else (int, float)) and not isinstance(
+        value, bool
+    )
     if not numeric or value != value or value in (float("inf"), float("-inf")) or not test(value):
         raise ConfigError(f"{name}={value!r}: give {wanted}")
 
@@ -291,7 +308,9 @@ def _names(value: Any) -> tuple[str, ...] | None:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
     if not value or any(not isinstance(name, str) or not name for name in value):
-        raise ConfigError(f"target_modules={value!r}: give module names such as ['up_proj', 'down_proj']")
+        raise ConfigError(
+            f"target_modules={value!r}: give module names such as ['up_proj', 'down_proj']"
+        )
     return tuple(value)
 
 

@@ -38,7 +38,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """R."""
         return self.down.shape[0]
 
     def matrix(self) -> Tensor:
@@ -65,7 +65,9 @@ class LayerDelta:
 
     @classmethod
     def from_peft(cls, model: nn.Module, adapter: str = "default") -> LayerDelta:
-        """Read the LoRA adapter attached to a PEFT model (tensors are detached copies on the CPU)."""
+        """Read the LoRA adapter attached to a PEFT model (tensors are detached copies on the
+        CPU).
+        """
         from peft import get_peft_model_state_dict
 
         config = model.peft_config[adapter].to_dict()  # type: ignore[index,union-attr]
@@ -113,7 +115,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DeltaError(f"{path} is not JSON: {error}") from error
     if config.get("peft_type") != "LORA":
-        raise DeltaError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported")
+        raise DeltaError(
+            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported"
+        )
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
             raise DeltaError(f"{path}: {option} is set; a plain low-rank delta cannot express it")
@@ -139,7 +143,9 @@ def _changes(
     for name, tensor in sorted(tensors.items()):
         path, dot, half = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
         if not dot or half not in ("A", "B") or tensor.ndim != 2:
-            raise DeltaError(f"{where}: {name} is not a LoRA matrix; only linear layers are supported")
+            raise DeltaError(
+                f"{where}: {name} is not a LoRA matrix; only linear layers are supported"
+            )
         halves.setdefault(path, {})[half] = tensor
     if not halves:
         raise DeltaError(f"{where} holds no LoRA matrix")
@@ -157,7 +163,7 @@ def _changes(
 
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """alpha / r, or alpha / √r for rank-stabilised LoRA, with PEFT's per-module overrides."""
+    """Alpha / r, or alpha / √r for rank-stabilised LoRA, with PEFT's per-module overrides."""
     alpha = _override(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
@@ -174,7 +180,9 @@ def _override(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Injection:
-    """What :func:`inject` did: matrices changed and the share of elements rounding left as they were."""
+    """What :func:`inject` did: matrices changed and the share of elements rounding left as they
+    were.
+    """
 
     matrices: int
     elements: int
@@ -204,8 +212,8 @@ def inject(
 
     Accumulated in float32 and rounded once to the weight's dtype; with ``stochastic_seed`` the
     rounding is stochastic, so that changes below half a unit in the last place survive on average.
-    ``keep_backup`` keeps the original bits for :func:`eject` (as much memory as the changed matrices);
-    without it the change is permanent.
+    ``keep_backup`` keeps the original bits for :func:`eject` (as much memory as the changed
+    matrices); without it the change is permanent.
 
     Raises :class:`DeltaError`, before anything is changed, when the delta does not fit the model.
     """
@@ -224,14 +232,14 @@ def inject(
     )
     if keep_backup:
         _backups.setdefault(base, []).extend(zip(weights, backups, strict=True))
-    return Injection(
-        len(weights), sum(weight.numel() for weight in weights), int(unchanged.sum())
-    )
+    return Injection(len(weights), sum(weight.numel() for weight in weights), int(unchanged.sum()))
 
 
 @torch.no_grad()
 def eject(model: nn.Module) -> int:
-    """Undo every :func:`inject` since the last eject, bit for bit; returns the matrices restored."""
+    """Undo every :func:`inject` since the last eject, bit for bit; returns the matrices
+    restored.
+    """
     saved = _backups.pop(base_model(model), [])
     for weight, backup in reversed(saved):
         weight.copy_(backup)
@@ -249,7 +257,9 @@ def _plan(base: nn.Module, path: str, change: LowRank) -> tuple[Tensor, bool, Lo
     try:
         module = base.get_submodule(path)
     except AttributeError as error:
-        raise DeltaError(f"the delta changes {path}, which {type(base).__name__} has not") from error
+        raise DeltaError(
+            f"the delta changes {path}, which {type(base).__name__} has not"
+        ) from error
     module = getattr(module, "base_layer", module)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():

@@ -131,6 +131,4 @@ def head_statistics(weight: Tensor, bias: Tensor | None = None) -> HeadStatistic
         shift = root.factor @ (root.inverse @ projected)
         rest = max(0.0, float(bias @ bias - shift @ shift))
         bias_sum = float(bias.sum())
-    return HeadStatistics(
-        root.factor.to(work), shift.to(work), rest, label_sum.to(work), bias_sum
-    )
+    return HeadStatistics(root.factor.to(work), shift.to(work), rest, label_sum.to(work), bias_sum)

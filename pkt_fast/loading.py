@@ -13,7 +13,9 @@ from .errors import ConfigError, ModelError
 
 
 def resolve_device(device: str) -> torch.device:
-    """'auto' is the first GPU, or the CPU.  Raises :class:`ConfigError` for a device that is not there."""
+    """'auto' is the first GPU, or the CPU.  Raises :class:`ConfigError` for a device that is not
+    there.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -102,10 +104,14 @@ def load_tokenizer(
 def load_tokenizers(
     tokenizer: Any, src: Any, tgt: Any, *, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """(source tokenizer, target tokenizer) from what the user gave: one for both, a pair, or None."""
+    """(source tokenizer, target tokenizer) from what the user gave: one for both, a pair, or
+    None.
+    """
     if isinstance(tokenizer, Sequence) and not isinstance(tokenizer, str):
         if len(tokenizer) != 2:
-            raise ConfigError(f"tokenizer: give one, or a pair (source, target), not {len(tokenizer)}")
+            raise ConfigError(
+                f"tokenizer: give one, or a pair (source, target), not {len(tokenizer)}"
+            )
         pair = tuple(tokenizer)
     else:
         pair = (tokenizer, tokenizer)

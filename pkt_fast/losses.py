@@ -1,7 +1,7 @@
 """The two losses of the method (paper, section 3.4), differentiable and without an N×V tensor.
 
-L_layer = 1 − mean cos(h_k, h̃) steers the paired layer; L_out = 1 − mean cos(z, onehot(y)) keeps the
-logits on the labels.  Both equal :mod:`pkt_fast.reference` in value and gradient.
+L_layer = 1 − mean cos(h_k, h̃) steers the paired layer; L_out = 1 − mean cos(z, onehot(y)) keeps
+the logits on the labels.  Both equal :mod:`pkt_fast.reference` in value and gradient.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def label_cosine(
 ) -> Tensor:
     """L_out = 1 − mean over supervised rows of cos(z, onehot(y)), z = head(hidden); scalar.
 
-    ``hidden`` (..., D) predicts ``labels`` (...); −100 is ignored.  ``head`` is the LM-head module, with
-    ``weight`` (V, D) and perhaps ``bias`` (V,).  A frozen head costs two D×D products per row through
-    the statistics of :mod:`pkt_fast.heads` (computed once per head); a head that itself requires
-    gradients, or ``softcap`` > 0, takes the exact path over chunks of the vocabulary.
+    ``hidden`` (..., D) predicts ``labels`` (...); −100 is ignored.  ``head`` is the LM-head module,
+    with ``weight`` (V, D) and perhaps ``bias`` (V,).  A frozen head costs two D×D products per row
+    through the statistics of :mod:`pkt_fast.heads` (computed once per head); a head that itself
+    requires gradients, or ``softcap`` > 0, takes the exact path over chunks of the vocabulary.
     """
     rows = label_cosine_rows(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -57,7 +57,7 @@ def label_cosine(
         label_smoothing=label_smoothing,
         softcap=softcap,
     )
-    supervised = (labels != IGNORE_INDEX).sum()
+    supervised = (labels != IGNORE_INDEX).sum().clamp_min(1)
     return 1 - rows.sum() / supervised
 
 
@@ -70,9 +70,10 @@ def label_cosine_rows(
     softcap: float = 0.0,
 ) -> Tensor:
     """cos(z, onehot(y)) per row, 0 for ignored ones: (N, D), (N,) -> (N,)."""
-    weight: Tensor = head.weight
-    bias: Tensor | None = getattr(head, "bias", None)
-    trains = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters(recurse=False))
+    weight, bias = _weights(head)
+    trains = torch.is_grad_enabled() and any(
+        p.requires_grad for p in head.parameters(recurse=False)
+    )
     if softcap or trains:
         return label_cosine_chunked(hidden, labels, weight, bias, label_smoothing, softcap)
     known = statistics_of(head)
@@ -92,15 +93,19 @@ def label_cosine_rows(
 
 def statistics_of(head: nn.Module) -> HeadStatistics:
     """The head's statistics, computed once and again when its weights were replaced or modified."""
-    weight, bias = head.weight, getattr(head, "bias", None)
-    version = (weight.data_ptr(), weight._version)
-    if bias is not None:
-        version += (bias.data_ptr(), bias._version)
+    weight, bias = _weights(head)
+    version = tuple(n for t in (weight, bias) if t is not None for n in (t.data_ptr(), t._version))
     known = _statistics.get(head)
     if known is None or known[0] != version:
         known = (version, head_statistics(weight, bias))
         _statistics[head] = known
     return known[1]
+
+
+def _weights(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    assert isinstance(weight, Tensor)
+    return weight, bias
 
 
 def cka(x: Tensor, y: Tensor) -> Tensor:

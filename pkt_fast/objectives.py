@@ -1,7 +1,7 @@
 """What the steered target is trained on: layer objectives and output losses, in terms of rows.
 
-Every term returns one loss per *unit* (a token row, or a sequence for the relation objective), so that
-a step cut into micro-batches sums to exactly the whole step's mean.
+Every term returns one loss per *unit* (a token row, or a sequence for the relation objective), so
+that a step cut into micro-batches sums to exactly the whole step's mean.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class WeightedTerm:
 
 @dataclass(frozen=True, eq=False)
 class FrozenHead:
-    """An LM head with what its model does to the logits, detached from the model's other weights."""
+    """An LM head with what its model does to the logits, detached from the model's other
+    weights.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -76,8 +78,9 @@ class FrozenHead:
                 "the model changes its logits in a way that is neither a scale nor a softcap; "
                 "use output_loss='none'"
             )
-        bias = getattr(head, "bias", None)
-        return cls(head.weight.detach(), None if bias is None else bias.detach(), transform)
+        weight, bias = head.weight, getattr(head, "bias", None)
+        assert isinstance(weight, Tensor)
+        return cls(weight.detach(), None if bias is None else bias.detach(), transform)
 
     def select(self, rows: Tensor) -> FrozenHead:
         """The head restricted to some vocabulary rows."""
@@ -142,8 +145,8 @@ def relation_term(layer: int) -> Term:
 def fisher_term(layer: int, head: FrozenHead) -> Term:
     """½·dᵀ(diag(p) − ppᵀ)d per row, d = W(h_k − h̃), p = softmax(W·h̃) (SemAlign, ACL text).
 
-    The Fisher information of the output distribution at the aligned logits weighs the logit error, so
-    only differences that would move likely tokens count.
+    The Fisher information of the output distribution at the aligned logits weighs the logit error,
+    so only differences that would move likely tokens count.
     """
 
     def term(rows: Rows) -> Tensor:
@@ -181,9 +184,7 @@ def hidden_term(layer: int, projection: nn.Linear, kind: str) -> Term:
     return term
 
 
-def learned_projection(
-    target_size: int, source_size: int, like: Tensor, seed: int
-) -> nn.Linear:
+def learned_projection(target_size: int, source_size: int, like: Tensor, seed: int) -> nn.Linear:
     """P (D_src, D_tgt) without bias, initialised from ``seed`` alone, on the device of ``like``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -248,9 +249,15 @@ def kl_term(target: FrozenHead, source: FrozenHead, temperature: float, kind: st
 
 def logit_cosine_term(target: FrozenHead, source: FrozenHead) -> Term:
     """1 − cos(z_tgt, z_src) per row, as h_tᵀ(W_tᵀW_s)h_s / (‖R_t h_t‖·‖R_s h_s‖)."""
-    if target.transform.softcap or source.transform.softcap or target.bias is not None \
-            or source.bias is not None:
-        raise ConfigError("output_loss='logit_cosine' needs heads without bias and softcap; use 'kl'")
+    if (
+        target.transform.softcap
+        or source.transform.softcap
+        or target.bias is not None
+        or source.bias is not None
+    ):
+        raise ConfigError(
+            "output_loss='logit_cosine' needs heads without bias and softcap; use 'kl'"
+        )
     cross = (source.weight.double().T @ target.weight.double()).to(_work(target.weight))
     root_t = SemanticBasis.from_weight(target.weight).factor.to(cross.dtype)
     root_s = SemanticBasis.from_weight(source.weight).factor.to(cross.dtype)
@@ -354,7 +361,8 @@ def _output_term(
     target = FrozenHead.of(head, transform)
     if config.output_loss == "cross_entropy":
         return cross_entropy_term(target, config.label_smoothing)
-    assert source is not None and vocabulary is not None
+    assert source is not None
+    assert vocabulary is not None
     if not vocabulary.covers(len(source.weight), len(target.weight)):
         source, target = source.select(vocabulary.source), target.select(vocabulary.target)
     if config.output_loss == "kl":

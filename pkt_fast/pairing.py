@@ -1,4 +1,5 @@
-"""Layer pairing: which target layer learns from which source layer (paper, section "layer pairing").
+"""Layer pairing: which target layer learns from which source layer (paper, section "layer
+pairing").
 
 The paper counts layers from 1; this module takes and returns 0-based indices and converts once.
 """
@@ -33,12 +34,16 @@ class LayerPair:
 
 def _check_layer(name: str, layer: int, count: int) -> None:
     if not 0 <= layer < count:
-        raise ConfigError(f"{name} layer {layer} is out of range: the model has layers 0 to {count - 1}")
+        raise ConfigError(
+            f"{name} layer {layer} is out of range: the model has layers 0 to {count - 1}"
+        )
 
 
 def _check_counts(num_source: int, num_target: int) -> None:
     if num_source < 1 or num_target < 1:
-        raise ConfigError(f"need at least one layer on each side, got {num_source} and {num_target}")
+        raise ConfigError(
+            f"need at least one layer on each side, got {num_source} and {num_target}"
+        )
 
 
 def source_for(num_source: int, num_target: int, target: int) -> LayerPair:
@@ -69,31 +74,29 @@ def target_for(num_source: int, num_target: int, critical: int) -> int:
     return num_target - 1
 
 
-def pair_layers(
-    num_source: int, num_target: int, critical: int | Iterable[int]
-) -> list[LayerPair]:
+def pair_layers(num_source: int, num_target: int, critical: int | Iterable[int]) -> list[LayerPair]:
     """Pair every critical source layer with its target layer; the paper's rule, 0-based.
 
-    ``critical`` is one source layer or several; target layers they share appear once.  Returns pairs
-    in ascending order of target layer.  Raises :class:`ConfigError` for a layer out of range.
+    ``critical`` is one source layer or several; target layers they share appear once.  Returns
+    pairs in ascending order of target layer.  Raises :class:`ConfigError` for a layer out of range.
     """
     layers = [critical] if isinstance(critical, int) else list(critical)
     targets = sorted({target_for(num_source, num_target, layer) for layer in layers})
     return [source_for(num_source, num_target, target) for target in targets]
 
 
-def pair_by_score(num_source: int, num_target: int, scores: Sequence[float], count: int) -> list[LayerPair]:
+def pair_by_score(
+    num_source: int, num_target: int, scores: Sequence[float], count: int
+) -> list[LayerPair]:
     """Pair the ``count`` target layers reached first when source layers are taken by falling score.
 
-    Several critical source layers can share a target layer, so more than ``count`` source layers may
-    be looked at.  Ties go to the shallower layer.
+    Several critical source layers can share a target layer, so more than ``count`` source layers
+    may be looked at.  Ties go to the shallower layer.
     """
     if len(scores) != num_source:
         raise ConfigError(f"got {len(scores)} layer scores for a source of {num_source} layers")
     if not 1 <= count <= num_target:
-        raise ConfigError(
-            f"num_layers={count} is out of range: the target has {num_target} layers"
-        )
+        raise ConfigError(f"num_layers={count} is out of range: the target has {num_target} layers")
     targets: list[int] = []
     for layer in sorted(range(num_source), key=lambda i: (-scores[i], i)):
         target = target_for(num_source, num_target, layer)

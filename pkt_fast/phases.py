@@ -1,8 +1,8 @@
 """The two frozen passes of a transfer: each model sees the data once, and only rows are kept.
 
-Source pass: run the source up to its deepest captured layer, keep the supervised positions, map them
-into the target's space at once.  Target pass: run the frozen blocks below the first steered layer and
-keep that layer's input for every real token.  Training then needs neither again.
+Source pass: run the source up to its deepest captured layer, keep the supervised positions, map
+them into the target's space at once.  Target pass: run the frozen blocks below the first steered
+layer and keep that layer's input for every real token.  Training then needs neither again.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def run_source(
 ) -> Iterator[dict[str, Tensor]]:
     """Run ``model`` over all examples; yield the wanted rows batch by batch, in processing order.
 
-    Columns are ``layer<k>`` for every wanted key k and, with ``with_head``, the head's input.  Without
-    it the model stops after its deepest wanted layer.  Raises
+    Columns are ``layer<k>`` for every wanted key k and, with ``with_head``, the head's input.
+    Without it the model stops after its deepest wanted layer.  Raises
     :class:`~pkt_fast.errors.NumericsError` naming the layer whose rows are not finite.
     """
     anatomy = Anatomy.of(model)
@@ -181,7 +181,9 @@ def run_source(
 def _position_mask(
     batch: Batch, positions: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Mask (B, T) of the positions to keep, and how to repeat kept rows where one serves several."""
+    """Mask (B, T) of the positions to keep, and how to repeat kept rows where one serves
+    several.
+    """
     mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     picks: list[int] = []
     kept = 0
@@ -207,7 +209,9 @@ def run_prefix(
     pad_token_id: int,
     advance: Advance = lambda tokens: None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Run the blocks below ``first``; yield that block's input for all real tokens, batch by batch."""
+    """Run the blocks below ``first``; yield that block's input for all real tokens, batch by
+    batch.
+    """
     anatomy = Anatomy.of(model)
     device = anatomy.head.weight.device
     order = longest_first(examples)
@@ -220,7 +224,9 @@ def run_prefix(
 
 
 def block_input(anatomy: Anatomy, layer: int, batch: Batch) -> Tensor:
-    """The input (B, T, D) of block ``layer`` (at least 1) for a batch; the block itself does not run."""
+    """The input (B, T, D) of block ``layer`` (at least 1) for a batch; the block itself does not
+    run.
+    """
     caught: list[Tensor] = []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""Progress bars by phase on the terminal; silent when asked to be, or when stderr is not a terminal."""
+"""Progress bars by phase on the terminal; silent when asked to be, or when stderr is not a
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Update]:
-        """Time a phase of ``total`` tokens or steps; the yielded call advances it and sets a note."""
+        """Time a phase of ``total`` tokens or steps; the yielded call advances it and sets a
+        note.
+        """
         columns = (
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=28),
@@ -46,4 +50,8 @@ class Phases:
             Progress(*columns, console=self.console, disable=not shown) as bar,
         ):
             task = bar.add_task(name, total=total, note="")
-            yield lambda done, note="": bar.update(task, advance=done, note=note)
+
+            def update(done: int, note: str = "") -> None:
+                bar.update(task, advance=done, note=note)
+
+            yield update

@@ -1,9 +1,9 @@
 """SemAlign in plain PyTorch, as the paper writes it: everything materialised, nothing clever.
 
-This module is the yardstick.  Every fast path of the package is tested against it, so it may be slow
-and it may need memory for N x V tensors, but each function must be readable beside the equation it
-implements (arXiv 2510.24208; section numbers refer to that paper).  It works in whatever dtype it is
-given; the tests run it in float64.
+This module is the yardstick.  Every fast path of the package is tested against it, so it may be
+slow and it may need memory for N x V tensors, but each function must be readable beside the
+equation it implements (arXiv 2510.24208; section numbers refer to that paper).  It works in
+whatever dtype it is given; the tests run it in float64.
 
 Shapes: N token rows, D hidden size, V vocabulary labels, T tokens of one sequence, r LoRA rank.
 """
@@ -37,15 +37,17 @@ def semantic_basis(weight: Tensor) -> Tensor:
     """S (V, D): the pseudoinverse of the LM head, one unit vector per vocabulary label.
 
     ``weight`` (V, D) is the LM head.  Row i of (W⁺)ᵀ is the latent vector whose logits best
-    approximate the one-hot of label i.  A label whose row of W is zero (padding) has the zero vector;
-    the SVD would leave rounding noise there, which normalising would blow up.
+    approximate the one-hot of label i.  A label whose row of W is zero (padding) has the zero
+    vector; the SVD would leave rounding noise there, which normalising would blow up.
     """
     vectors = torch.linalg.pinv(weight).T
     return unit_rows(vectors * (weight != 0).any(1, keepdim=True))
 
 
 def coefficients(hidden: Tensor, basis: Tensor) -> Tensor:
-    """a = S·h / ‖h‖ (N, V): the cosine of every row of ``hidden`` (N, D) with every basis vector."""
+    """A = S·h / ‖h‖ (N, V): the cosine of every row of ``hidden`` (N, D) with every basis
+    vector.
+    """
     return unit_rows(hidden) @ basis.T
 
 
@@ -60,7 +62,7 @@ def align_frame(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Ten
 
 
 def align_dual(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Tensor:
-    """argmin over h̃ of ‖S_tgt·h̃ − S_src·h‖: recomposition with the dual frame.
+    """Argmin over h̃ of ‖S_tgt·h̃ − S_src·h‖: recomposition with the dual frame.
 
     Unlike the frame itself, this is an exact round trip when source and target are one model.
     """
@@ -69,7 +71,7 @@ def align_dual(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Tens
 
 
 def align_logit(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Tensor:
-    """argmin over h̃ of ‖W_tgt·h̃ − W_src·h‖: match the logits in least squares."""
+    """Argmin over h̃ of ‖W_tgt·h̃ − W_src·h‖: match the logits in least squares."""
     logits = hidden @ source_head.T
     return logits @ torch.linalg.pinv(target_head).T
 
@@ -86,9 +88,9 @@ def decompose_nonlinear(
 ) -> Tensor:
     """Recomposition from coefficients that are not linear in ``hidden`` (N, D_src) -> (N, D_tgt).
 
-    With a = S_src·h/‖h‖ the coefficients become ``softmax``: softmax(a / temperature); ``top_k``: the
-    k of largest magnitude kept (ties at the k-th magnitude all kept), others 0; ``threshold``: those
-    with |a| >= threshold kept, others 0.
+    With a = S_src·h/‖h‖ the coefficients become ``softmax``: softmax(a / temperature); ``top_k``:
+    the k of largest magnitude kept (ties at the k-th magnitude all kept), others 0; ``threshold``:
+    those with |a| >= threshold kept, others 0.
     """
     coefs = coefficients(hidden, source_basis)
     if kind == "softmax":
@@ -127,7 +129,9 @@ def gather_rows(
     normalize: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Rows ``index`` (N,) of scale·((1−λ)(value−minus) + λ(other−other_minus)), each (R, D) -> (N, D)."""
+    """Rows ``index`` (N,) of scale·((1−λ)(value−minus) + λ(other−other_minus)), each (R, D) -> (N,
+    D).
+    """
 
     def difference(x: Tensor, y: Tensor | None) -> Tensor:
         return x if y is None else x - y
@@ -173,7 +177,7 @@ def layer_cosine(hidden: Tensor, target: Tensor) -> Tensor:
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float = 0.0
 ) -> Tensor:
-    """z = W·h + b, softcapped to c·tanh(z/c) when ``softcap`` c > 0 (Gemma 2)."""
+    """Z = W·h + b, softcapped to c·tanh(z/c) when ``softcap`` c > 0 (Gemma 2)."""
     logits = F.linear(hidden, weight, bias)
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
@@ -275,8 +279,8 @@ def inject(
 ) -> Tensor:
     """W + s·B·A, accumulated in float32 (float64 for float64) and rounded once to W's dtype.
 
-    weight (out, in), lora_a (r, in), lora_b (out, r); ``transposed``: weight is (in, out), as Conv1D
-    stores it.
+    weight (out, in), lora_a (r, in), lora_b (out, r); ``transposed``: weight is (in, out), as
+    Conv1D stores it.
     """
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     delta = scale * (lora_b.to(work) @ lora_a.to(work))
@@ -287,7 +291,7 @@ def inject(
 
 
 def interpolate(layers: Sequence[Tensor], lam: float) -> Tensor:
-    """h = (1−λ)·h_a + λ·h_b for a pair of source layers; the layer itself when there is one."""
+    """H = (1−λ)·h_a + λ·h_b for a pair of source layers; the layer itself when there is one."""
     return layers[0] if len(layers) == 1 else (1 - lam) * layers[0] + lam * layers[1]
 
 

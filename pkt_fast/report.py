@@ -48,7 +48,10 @@ class Clock:
         return {
             name: {"seconds": round(seconds, 4)}
             | (
-                {"tokens": self.tokens[name], "tokens_per_second": round(self.tokens[name] / seconds, 1)}
+                {
+                    "tokens": self.tokens[name],
+                    "tokens_per_second": round(self.tokens[name] / seconds, 1),
+                }
                 if name in self.tokens and seconds > 0
                 else {}
             )
@@ -108,7 +111,8 @@ def op_backends(device: torch.device) -> dict[str, str]:
 # --------------------------------------------------------------------------- the HTML page
 
 _STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0
+1rem;color:#1b1f24}
 h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
 td,th{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
 svg{background:#fafafa;border:1px solid #ddd}code{background:#f3f3f3;padding:0 .2rem}

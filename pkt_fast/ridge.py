@@ -108,9 +108,9 @@ def output_projections(
         found = anatomy.output_projection(layer, interface)
         if found is None:
             raise ModelError(
-                f"the ridge solution needs an output that one linear module makes; target layer {layer}"
-                f" has none at interface={interface!r}: use 'mlp' or 'attention' if the model has "
-                "them, or solver='adamw' with warm_start=False"
+                "the ridge solution needs an output that one linear module makes; target layer "
+                f"{layer} has none at interface={interface!r}: use 'mlp' or 'attention' if the model "
+                "has them, or solver='adamw' with warm_start=False"
             )
         path = found[0]
         if path not in anatomy.lora_targets(layer, modules):

@@ -1,4 +1,5 @@
-"""Semantic basis of a model, and the map between two models' latent spaces (paper, sections 3.1-3.2).
+"""Semantic basis of a model, and the map between two models' latent spaces (paper, sections
+3.1-3.2).
 
 The paper decomposes a source activation over V basis vectors and recomposes it over V others.  Both
 steps are linear, so their product M = S_tgtᵀ·S_src (D_tgt, D_src) is built once by streaming the
@@ -37,7 +38,8 @@ def unit_rows_(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SemanticBasis:
-    """The unit rows of (W⁺)ᵀ for an LM head W, held as W and the D×D matrices that turn it into them.
+    """The unit rows of (W⁺)ᵀ for an LM head W, held as W and the D×D matrices that turn it into
+    them.
 
     Attributes:
         weight: W (V, D), the head itself (not copied).
@@ -55,13 +57,17 @@ class SemanticBasis:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> SemanticBasis:
-        """The basis of ``model``'s LM head; a head bias does not enter (the paper's basis is W⁺)."""
+        """The basis of ``model``'s LM head; a head bias does not enter (the paper's basis is
+        W⁺).
+        """
         return cls.from_weight(Anatomy.of(model).head.weight)
 
     @classmethod
     @torch.no_grad()
     def from_weight(cls, weight: Tensor) -> SemanticBasis:
-        """The basis of an LM head weight (V, D).  Raises :class:`NumericsError` if it is not finite."""
+        """The basis of an LM head weight (V, D).  Raises :class:`NumericsError` if it is not
+        finite.
+        """
         weight = weight.detach()
         gram = streamed_gram(weight)
         if not torch.isfinite(gram).all():
@@ -155,13 +161,13 @@ class SemanticMap:
         """Build M by streaming the shared vocabulary once.
 
         ``frame``: M = S_tgtᵀ·S_src, the paper's recomposition; h is normalised.
-        ``dual``: M = (S_tgtᵀS_tgt)⁺·S_tgtᵀ·S_src, least squares on the coefficients; the identity when
-        source and target are one model.
+        ``dual``: M = (S_tgtᵀS_tgt)⁺·S_tgtᵀ·S_src, least squares on the coefficients; the identity
+        when source and target are one model.
         ``logit``: M = (W_tgtᵀW_tgt)⁺·W_tgtᵀ·W_src, least squares on the logits.
 
         Heads of different length need ``vocabulary`` or both tokenizers.  Raises
-        :class:`ConfigError` for another ``recompose`` and :class:`VocabularyError` when too little is
-        shared.
+        :class:`ConfigError` for another ``recompose`` and :class:`VocabularyError` when too little
+        is shared.
         """
         if recompose not in LINEAR_RECOMPOSITIONS:
             raise ConfigError(
@@ -199,7 +205,9 @@ class SemanticMap:
 def _moments(
     source: SemanticBasis, target: SemanticBasis, vocabulary: SharedVocabulary, recompose: str
 ) -> tuple[Tensor, Tensor]:
-    """Σ_v t_v·s_vᵀ and Σ_v t_v·t_vᵀ over the shared rows: basis vectors, or head rows for "logit"."""
+    """Σ_v t_v·s_vᵀ and Σ_v t_v·t_vᵀ over the shared rows: basis vectors, or head rows for
+    "logit".
+    """
     device = target.weight.device
     cross = torch.zeros(
         target.weight.shape[1], source.weight.shape[1], dtype=torch.float64, device=device

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ def attach_lora(
     ]
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT takes any number
         lora_dropout=config.dropout,
         target_modules=names,
         task_type="CAUSAL_LM",
@@ -114,7 +114,7 @@ class Loader:
     pad_token_id: int
     dtype: torch.dtype
 
-    def stream(self, plan: Sequence[Sequence[int]]) -> Iterator[MicroBatch]:
+    def stream(self, plan: Sequence[Sequence[int]]) -> Generator[MicroBatch, None, None]:
         """Micro-batches for ``plan``, a list of example lists."""
         return prefetched(self.build(examples) for examples in plan)
 
@@ -125,10 +125,14 @@ class Loader:
         index = (targets != IGNORE_INDEX).nonzero().squeeze(-1)
         counts = batch.supervised.sum(1)
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        supervision = {} if self.supervision is None else {
-            name: self._move(self.supervision.rows(name, examples))
-            for name in self.supervision.columns
-        }
+        supervision = (
+            {}
+            if self.supervision is None
+            else {
+                name: self._move(self.supervision.rows(name, examples))
+                for name in self.supervision.columns
+            }
+        )
         return MicroBatch(
             batch.to(self.device, non_blocking=True),
             self._padded(batch, examples),
@@ -299,7 +303,7 @@ def train(
         _seeded(config.seed),
         _adapter_dropout(tail.model),
         tail.compiled(config.compile),
-        contextlib.closing(stream),  # type: ignore[type-var]
+        contextlib.closing(stream),
     ):
         for number, step in enumerate(steps):
             units = _units(step, counts)
@@ -309,7 +313,7 @@ def train(
                 _backward(terms, rows, units, sums)
             if config.max_grad_norm:
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            rate = scheduler.get_last_lr()[0]
+            rate = float(scheduler.get_last_lr()[0])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
@@ -383,14 +387,17 @@ class _LossLog:
         if not self.waiting:
             return
         names = list(self.waiting[0][1])
-        stacked = torch.stack([sums[name].double() for _, sums, _, _ in self.waiting for name in names])
+        stacked = torch.stack(
+            [sums[name].double() for _, sums, _, _ in self.waiting for name in names]
+        )
         values = stacked.reshape(-1, len(names)).tolist()
         for (number, _, rate, rows), losses in zip(self.waiting, values, strict=True):
             step = self.first_step + number
             for name, value in zip(names, losses, strict=True):
                 if not math.isfinite(value):
                     raise NumericsError(
-                        f"{name} is {value} at step {step}: lower learning_rate or use dtype='float32'"
+                        f"{name} is {value} at step {step}: lower learning_rate or use "
+                        "dtype='float32'"
                     )
             record: Record = {"step": step, "epoch": self.steps[number].epoch, "rows": rows}
             record |= {"learning_rate": rate, **dict(zip(names, losses, strict=True))}

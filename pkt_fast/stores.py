@@ -4,9 +4,9 @@ A store holds one or more named columns, (rows, D) each.  Its rows are grouped b
 owns ``counts[i]`` consecutive rows.  Rows are appended once, in the order in which examples are
 processed, and read back by example in any order.
 
-On disk a store is ``manifest.json`` beside safetensors shards.  The manifest holds shapes, dtypes, a
-checksum of every shard and the fingerprints of the model and the data, so that a second transfer with
-the same source and data finds and trusts it.  Shards are memory-mapped on reading.
+On disk a store is ``manifest.json`` beside safetensors shards.  The manifest holds shapes, dtypes,
+a checksum of every shard and the fingerprints of the model and the data, so that a second transfer
+with the same source and data finds and trusts it.  Shards are memory-mapped on reading.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import threading
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +54,9 @@ class Column(ABC):
     def append(self, values: Tensor) -> None:
         """Add rows (n, D) at the end; cast to the column's dtype."""
         if self.filled + len(values) > self.rows:
-            raise StoreError(f"store: {self.filled + len(values)} rows appended, {self.rows} expected")
+            raise StoreError(
+                f"store: {self.filled + len(values)} rows appended, {self.rows} expected"
+            )
         self._write(values.detach().to(self.dtype))
         self.filled += len(values)
 
@@ -83,7 +85,9 @@ class MemoryColumn(Column):
 class ShardedColumn(Column):
     """Safetensors files of at most :data:`SHARD_BYTES`, memory-mapped on reading."""
 
-    def __init__(self, directory: Path, name: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, name: str, rows: int, width: int, dtype: torch.dtype
+    ) -> None:
         super().__init__(rows, width, dtype)
         self.directory, self.name = directory, name
         self.shard_rows = max(1, SHARD_BYTES // max(1, width * dtype.itemsize))
@@ -171,16 +175,16 @@ class ActivationStore:
     def rows(self, name: str, examples: Iterable[int]) -> Tensor:
         """Rows of ``examples`` in the order given, packed: (Σ counts, D)."""
         column = self.columns[name]
-        parts = [
-            column.read(self._starts[i], self._starts[i] + self.counts[i]) for i in examples
-        ]
+        parts = [column.read(self._starts[i], self._starts[i] + self.counts[i]) for i in examples]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def check_complete(self) -> None:
         """Raise :class:`StoreError` unless every row has been appended."""
         for name, column in self.columns.items():
             if column.filled != column.rows:
-                raise StoreError(f"store column {name}: {column.filled} of {column.rows} rows written")
+                raise StoreError(
+                    f"store column {name}: {column.filled} of {column.rows} rows written"
+                )
 
     @property
     def num_bytes(self) -> int:
@@ -216,7 +220,9 @@ def writing_directory_store(
     columns: Mapping[str, ColumnSpec],
     fingerprint: Mapping[str, Any],
 ) -> Iterator[ActivationStore]:
-    """Yield a store to append to; it takes the name ``path`` once complete, or leaves nothing behind."""
+    """Yield a store to append to; it takes the name ``path`` once complete, or leaves nothing
+    behind.
+    """
     total = sum(counts)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,7 +287,9 @@ def open_directory_store(path: Path, fingerprint: Mapping[str, Any]) -> Activati
         }
         store = ActivationStore(manifest["counts"], manifest["order"], columns)
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        raise StoreError(f"store {path} is damaged ({error}); delete it to build it anew") from error
+        raise StoreError(
+            f"store {path} is damaged ({error}); delete it to build it anew"
+        ) from error
     if made_from != dict(fingerprint):
         differs = sorted(k for k in fingerprint if made_from.get(k) != fingerprint[k])
         raise StoreError(
@@ -301,7 +309,8 @@ def _open_column(path: Path, name: str, entry: Mapping[str, Any]) -> ShardedColu
     for shard, expected in enumerate(column.checksums):
         if checksum(column.path(shard)) != expected:
             raise StoreError(
-                f"store shard {column.path(shard)} is damaged (checksum); delete {path} to build it anew"
+                f"store shard {column.path(shard)} is damaged (checksum); delete {path} to build "
+                "it anew"
             )
     return column
 
@@ -334,7 +343,7 @@ def model_fingerprint(model: nn.Module) -> str:
 # --------------------------------------------------------------------------- prefetching
 
 
-def prefetched(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+def prefetched(items: Iterator[Item], depth: int = 2) -> Generator[Item, None, None]:
     """Yield ``items`` while a thread prepares the next ``depth`` of them.
 
     An exception in the thread is raised here; leaving the loop early ends the thread.
@@ -372,4 +381,3 @@ def prefetched(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
     finally:
         stopped.set()
         thread.join()
-

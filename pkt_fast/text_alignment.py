@@ -1,8 +1,8 @@
 """Two tokenizers, one text: which source token position answers a target token position.
 
-Source and target of different families cut the same text differently.  A target position that has read
-the text up to character c is answered by the last source position that has read no further than c, so
-the source never knows more of the text than the target does.
+Source and target of different families cut the same text differently.  A target position that has
+read the text up to character c is answered by the last source position that has read no further
+than c, so the source never knows more of the text than the target does.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def answering_positions(target: Example, source: Example) -> list[int]:
     """
     _, target_ends = _kept_text(target)
     assert source.offsets is not None
-    # Special tokens of no width share their end with the token before them; take the last of equals.
+    # Special tokens of no width share their end with the token before them; take the last of
+    # equals.
     source_ends = list(accumulate((end for _, end in source.offsets), max))
     return [
         max(0, bisect.bisect_right(source_ends, target_ends[t]) - 1)

@@ -1,4 +1,6 @@
-"""The pipeline: attribute → pair → align → steer → save, in the order of the paper's method section."""
+"""The pipeline: attribute → pair → align → steer → save, in the order of the paper's method
+section.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ class TransferResult:
     report: dict[str, Any]
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the PEFT adapter, report.json and report.html; all of it appears or nothing does."""
+        """Write the PEFT adapter, report.json and report.html; all of it appears or nothing
+        does.
+        """
         with atomic_directory(directory, overwrite=overwrite) as temporary:
             self.delta.write_into(temporary)
             write_json(temporary / "report.json", {**self.report, "history": self.history})
@@ -114,7 +118,8 @@ def transfer(
     progress: bool = True,
     **overrides: Any,
 ) -> TransferResult:
-    """Move knowledge from ``src`` into ``tgt``: SemAlign (arXiv 2510.24208), by default as published.
+    """Move knowledge from ``src`` into ``tgt``: SemAlign (arXiv 2510.24208), by default as
+    published.
 
     Args:
         src: source model, a hub id or a path.
@@ -187,7 +192,10 @@ class _Run:
             tokenizers = load_tokenizers(
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
             )
-            options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+            options: dict[str, Any] = {
+                "dtype": dtype,
+                "trust_remote_code": config.trust_remote_code,
+            }
             source = load_model(src, role="source", **options)
             target = load_model(tgt, role="target", **options)
             base = None
@@ -519,9 +527,7 @@ class _Run:
             solution = self._solve(model, layers, loader, first_step)
             if self.config.solver == "ridge":
                 return solution
-        tail = Tail(
-            model, layers[0], layers, self.config.interface, needs_target_head(self.config)
-        )
+        tail = Tail(model, layers[0], layers, self.config.interface, needs_target_head(self.config))
         terms = training_terms(
             self.config,
             layers,
@@ -633,14 +639,16 @@ class _Run:
             "training tokens/s": _tokens_per_second(clock.as_dict()),
             "total seconds": round(sum(clock.seconds.values()), 2),
             "peak memory": ", ".join(
-                f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB" for name, size in peaks.items()
+                f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB"
+                for name, size in peaks.items()
             ),
         }
         return {
             "summary": summary,
             "config": self.config.as_dict(),
             "pairs": [
-                {"target": p.target, "source": list(p.source), "weight": p.weight} for p in self.pairs
+                {"target": p.target, "source": list(p.source), "weight": p.weight}
+                for p in self.pairs
             ],
             "attribution": None if self.scores is None else self.scores.tolist(),
             "data": {
@@ -685,8 +693,8 @@ def _check_layers(config: TransferConfig, target: Anatomy) -> None:
         wrong = [layer for layer in config.layers if layer >= target.num_layers]
         if wrong:
             raise ConfigError(
-                f"layers={list(config.layers)}: target layer {wrong[0]} is out of range; the target has "
-                f"layers 0 to {target.num_layers - 1}"
+                f"layers={list(config.layers)}: target layer {wrong[0]} is out of range; the "
+                f"target has layers 0 to {target.num_layers - 1}"
             )
     if config.num_layers > target.num_layers:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Matching the vocabularies of two models, token by token.
 
-Row i of an LM head belongs to token i of that model's own tokenizer.  Heads can be padded beyond the
-tokenizer, differ by a token (32,000 and 32,001), or belong to different families that spell the same
-string differently (byte-level "Ġthe", SentencePiece "▁the").
+Row i of an LM head belongs to token i of that model's own tokenizer.  Heads can be padded beyond
+the tokenizer, differ by a token (32,000 and 32,001), or belong to different families that spell the
+same string differently (byte-level "Ġthe", SentencePiece "▁the").
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ MINIMUM_FRACTION = 0.05
 
 @dataclass(frozen=True)
 class SharedVocabulary:
-    """Rows of two LM heads that mean the same token: ``source[i]`` and ``target[i]`` (int64, sorted)."""
+    """Rows of two LM heads that mean the same token: ``source[i]`` and ``target[i]`` (int64,
+    sorted).
+    """
 
     source: Tensor
     target: Tensor
@@ -32,7 +34,9 @@ class SharedVocabulary:
 
     def covers(self, source_rows: int, target_rows: int) -> bool:
         """Whether every row of both heads is shared, in order."""
-        return len(self) == source_rows == target_rows and bool(torch.equal(self.source, self.target))
+        return len(self) == source_rows == target_rows and bool(
+            torch.equal(self.source, self.target)
+        )
 
 
 def match_vocabularies(
@@ -43,8 +47,8 @@ def match_vocabularies(
 ) -> SharedVocabulary:
     """Match the rows of two LM heads with ``source_rows`` and ``target_rows`` rows.
 
-    With both tokenizers, rows are matched by token string (spellings normalised) and padding rows are
-    left out.  Without them, the heads must have the same number of rows.  Raises
+    With both tokenizers, rows are matched by token string (spellings normalised) and padding rows
+    are left out.  Without them, the heads must have the same number of rows.  Raises
     :class:`VocabularyError` when they share fewer than 5 % of the smaller vocabulary or 256 tokens
     (half of a smaller vocabulary than that).
     """
@@ -71,7 +75,9 @@ def match_vocabularies(
 
 
 def same_tokenization(source_tokenizer: Any, target_tokenizer: Any) -> bool:
-    """Whether both tokenizers give every shared string the same ids (same vocabulary and merges)."""
+    """Whether both tokenizers give every shared string the same ids (same vocabulary and
+    merges).
+    """
     if source_tokenizer is target_tokenizer:
         return True
     source, target = source_tokenizer.get_vocab(), target_tokenizer.get_vocab()

@@ -64,8 +64,8 @@ def test_contribution_uses_the_gradient_of_what_is_added():
         gradient_x_activation(model, batch, interface=name)
         for name in ("mlp", "attention", "contribution")
     )
-    # At the block's end the MLP's share of g·(a + m) is its own product; attention's gradient differs
-    # because the MLP reads it, so only the MLP's part can be compared: g·a = both − mlp.
+    # At the block's end the MLP's share of g·(a + m) is its own product; attention's gradient
+    # differs because the MLP reads it, so only the MLP's part can be compared: g·a = both − mlp.
     assert (both - mlp).abs().max() > 0
     assert not torch.allclose(both - mlp, attention)
 
@@ -88,8 +88,10 @@ def test_padding_changes_nothing():
     alone = []
     for row in range(3):
         keep = batch.attention_mask[row].bool()
-        cut = [t[row : row + 1, keep] for t in
-               (batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)]
+        cut = [
+            t[row : row + 1, keep]
+            for t in (batch.input_ids, batch.attention_mask, batch.labels, batch.position_ids)
+        ]
         alone.append(Batch(*cut, rows=(row,)))
     torch.testing.assert_close(attribute(model, alone), together, rtol=1e-4, atol=1e-7)
 
@@ -112,8 +114,13 @@ def test_refusals():
     with pytest.raises(ConfigError, match="absolute, signed, net"):
         attribute(model, [make_batch(96)], reduction="mean")
     batch = make_batch(96)
-    empty = Batch(batch.input_ids, batch.attention_mask, torch.full_like(batch.labels, -100),
-                  batch.position_ids, batch.rows)
+    empty = Batch(
+        batch.input_ids,
+        batch.attention_mask,
+        torch.full_like(batch.labels, -100),
+        batch.position_ids,
+        batch.rows,
+    )
     with pytest.raises(DataError, match="no supervised token"):
         attribute(model, [empty])
     with torch.no_grad():

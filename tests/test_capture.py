@@ -18,9 +18,9 @@ def by_hand(model, layers, interface, inputs):
 
 
 def hooks_of(model):
-    return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()
-    ), [m for m in model.modules() if "forward" in m.__dict__]
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), [
+        m for m in model.modules() if "forward" in m.__dict__
+    ]
 
 
 @pytest.mark.parametrize("interface", INTERFACES)

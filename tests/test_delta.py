@@ -13,10 +13,13 @@ from pkt_fast.errors import DeltaError, OutputError
 
 def with_adapter(family="llama", dtype=torch.float32, targets=None, **options):
     """A PEFT model whose adapter is random in both halves."""
-    targets = targets or {
-        "llama": ["layers.1.mlp.up_proj", "layers.1.self_attn.v_proj"],
-        "gpt2": ["h.1.mlp.c_fc", "h.1.attn.c_proj"],
-    }[family]
+    targets = (
+        targets
+        or {
+            "llama": ["layers.1.mlp.up_proj", "layers.1.self_attn.v_proj"],
+            "gpt2": ["h.1.mlp.c_fc", "h.1.attn.c_proj"],
+        }[family]
+    )
     model = tiny_model(family, seed=3).to(dtype)
     config = LoraConfig(
         r=4, lora_alpha=12, target_modules=targets, fan_in_fan_out=family == "gpt2", **options

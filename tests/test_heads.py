@@ -34,7 +34,9 @@ def singular_heads():
     yield "regular", base
 
 
-@pytest.mark.parametrize(("name", "weight"), list(singular_heads()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "weight"), list(singular_heads()), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_root_and_inverse(name, weight):
     gram = streamed_gram(weight)
     root = gram_root(gram)

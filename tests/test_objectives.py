@@ -74,7 +74,10 @@ def test_relation_is_one_minus_cka_per_sequence():
     rows = make_rows()
     h, t = rows.layers[2], rows.supervision["layer2"]
     want = torch.stack(
-        [1 - reference.cka(h[a:b], t[a:b]) if b - a > 1 else h.sum() * 0 for a, b in ((0, 4), (4, 5), (5, 11))]
+        [
+            1 - reference.cka(h[a:b], t[a:b]) if b - a > 1 else h.sum() * 0
+            for a, b in ((0, 4), (4, 5), (5, 11))
+        ]
     )
     compare(relation_term(2)(rows), want, h)
 
@@ -127,7 +130,9 @@ def test_kl(kind, softcap, bias):
         "reverse": (q.exp() * (q - p)).sum(1),
         "jsd": ((p.exp() * (p - m)).sum(1) + (q.exp() * (q - m)).sum(1)) / 2,
     }[kind]
-    term = kl_term(FrozenHead.of(ours, transform), FrozenHead.of(theirs, source_transform), 2.0, kind)
+    term = kl_term(
+        FrozenHead.of(ours, transform), FrozenHead.of(theirs, source_transform), 2.0, kind
+    )
     compare(term(rows), 4 * kl, rows.head)
 
 
@@ -149,7 +154,10 @@ def test_terms_follow_the_configuration():
     source = FrozenHead.of(*head(WIDE, 7))
     terms = training_terms(config, [2, 4], module, transform, source, shared)
     assert [(t.name, t.weight) for t in terms] == [
-        ("layer_loss", 1.5), ("layer_loss", 1.5), ("output_loss", 0.5), ("label_loss", 2.0)
+        ("layer_loss", 1.5),
+        ("layer_loss", 1.5),
+        ("output_loss", 0.5),
+        ("label_loss", 2.0),
     ]
     rows = make_rows()
     q = F.log_softmax(rows.head @ module.weight[3:12].T, -1)

@@ -53,7 +53,9 @@ def test_vectors_are_the_unit_rows_of_the_pseudoinverse(shape, dtype, tolerance)
 def test_round_trip_is_exact_when_source_is_target(recompose):
     basis = SemanticBasis.from_weight(head(500, 20))
     mapping = SemanticMap.between(basis, basis, recompose)
-    torch.testing.assert_close(mapping.matrix, torch.eye(20, dtype=torch.float64), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        mapping.matrix, torch.eye(20, dtype=torch.float64), atol=1e-10, rtol=0
+    )
 
 
 def test_zero_padding_rows_do_not_disturb_the_map():
@@ -119,7 +121,9 @@ def test_bad_files_and_values_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="frame, dual, logit"):
         SemanticMap.between(*[SemanticBasis.from_weight(weight)] * 2, "inverse")
     with pytest.raises(VocabularyError, match="tokenizers"):
-        SemanticMap.between(SemanticBasis.from_weight(weight), SemanticBasis.from_weight(head(21, 4)))
+        SemanticMap.between(
+            SemanticBasis.from_weight(weight), SemanticBasis.from_weight(head(21, 4))
+        )
     weight[3, 1] = torch.nan
     with pytest.raises(NumericsError, match="NaN"):
         SemanticBasis.from_weight(weight)

@@ -73,12 +73,14 @@ def written(tmp_path):
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
-    with (
-        pytest.raises(KeyboardInterrupt),
-        writing_directory_store(tmp_path / "s", COUNTS, ORDER, COLUMNS, PRINT) as store,
-    ):
-        store.append({name: rows_of(name, 3) for name in COLUMNS})
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with writing_directory_store(tmp_path / "s", COUNTS, ORDER, COLUMNS, PRINT) as store:
+            store.append({name: rows_of(name, 3) for name in COLUMNS})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
     with (
         pytest.raises(StoreError, match="0 of 18 rows"),

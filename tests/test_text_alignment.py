@@ -49,12 +49,14 @@ def test_supervised_text_is_the_same():
     target_tokenizer, source_tokenizer = toy_tokenizers.byte_level(), toy_tokenizers.metaspace()
     examples = encode(ROWS[:2], target_tokenizer)
     for target, source in zip(examples, retokenized(examples, source_tokenizer), strict=True):
+
         def supervised(example):
             return "".join(
                 example.text[a:b]
                 for (a, b), label in zip(example.offsets, example.labels, strict=True)
                 if label != IGNORE_INDEX
             )
+
         answer = ROWS[target.row]["completion"]
         assert answer.split()[-1] in supervised(target)
         assert answer.split()[-1] in supervised(source)
@@ -74,8 +76,14 @@ def test_a_transfer_between_families():
     source = tiny_model("gpt_neox", seed=1, vocab_size=len(source_tokenizer), hidden_size=48)
     target = tiny_model("llama", seed=2, vocab_size=len(target_tokenizer))
     result = pkt_fast.transfer(
-        source, target, ROWS * 6, tokenizer=(source_tokenizer, target_tokenizer), epochs=4,
-        batch_size=6, learning_rate=3e-3, progress=False,
+        source,
+        target,
+        ROWS * 6,
+        tokenizer=(source_tokenizer, target_tokenizer),
+        epochs=4,
+        batch_size=6,
+        learning_rate=3e-3,
+        progress=False,
     )
     shared = result.report["summary"]["shared vocabulary"]
     assert 0 < shared < min(len(source_tokenizer), len(target_tokenizer))

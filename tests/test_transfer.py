@@ -185,7 +185,10 @@ def test_output_is_a_peft_adapter_with_reports(tmp_path, family):
     result = transfer(*pair(family), output_dir=tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
-        "adapter_config.json", "adapter_model.safetensors", "report.json", "report.html"
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "report.json",
+        "report.html",
     }
     loaded = PeftModel.from_pretrained(pair(family)[1], tmp_path / "out").eval()
     ids = torch.arange(3, 40)[None]
@@ -209,7 +212,13 @@ OBJECTIVES = [
     {"objective": "squared", "recompose": "dual", "output_loss": "cross_entropy"},
     {"objective": "fisher", "recompose": "logit", "output_loss": "kl", "kl_kind": "reverse"},
     {"objective": "none", "output_loss": "logit_cosine", "layers": [3]},
-    {"objective": "none", "output_loss": "kl", "label_weight": 1.0, "layers": [1], "kl_kind": "jsd"},
+    {
+        "objective": "none",
+        "output_loss": "kl",
+        "label_weight": 1.0,
+        "layers": [1],
+        "kl_kind": "jsd",
+    },
     {"objective": "cosine", "output_loss": "none", "num_layers": 2, "recompose": "dual"},
 ]
 
@@ -283,7 +292,11 @@ def test_activations_that_overflow_on_the_data_name_the_layer(tmp_path):
 def test_a_diverging_run_names_the_step():
     with pytest.raises(NumericsError, match="at step"):
         transfer(
-            *pair(), learning_rate=1e30, epochs=30, objective="none", output_loss="cross_entropy",
+            *pair(),
+            learning_rate=1e30,
+            epochs=30,
+            objective="none",
+            output_loss="cross_entropy",
             layers=[1],
         )
 

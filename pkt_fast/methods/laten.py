@@ -130,7 +130,8 @@ def _gain(
     with torch.enable_grad():
         stream = stream.detach().requires_grad_()
         normed = stream if anatomy.final_norm is None else anatomy.final_norm(stream)
-        logits = anatomy.head_transform()(anatomy.head(normed)).float()
+        logits = anatomy.head_transform()(anatomy.head(normed))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         chosen = -F.cross_entropy(logits, targets, reduction="sum")
         (gradient,) = torch.autograd.grad(chosen, stream)
     return (activation * (gradient @ projection)).double().sum(0)

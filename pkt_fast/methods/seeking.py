@@ -76,7 +76,7 @@ def sensitivity(model: nn.Module, batches: Iterable[Batch], paths: Sequence[str]
                 for parameter in block.values():
                     gradient = gradients[id(parameter)]
                     if gradient is not None:
-                        layers[layer] += float((parameter * gradient).abs().double().sum())
+                        layers[layer] += float((parameter.detach() * gradient).abs().double().sum())
                 for path, module in modules[layer].items():
                     weight: Any = module.weight
                     gradient = gradients[id(weight)]
