@@ -25,10 +25,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class Row:
     compute: str = ""
     model_us: float = 0.0
     bound_by: str = ""
+    compile_seconds: float = 0.0
     error: str = ""
 
     def faults(self) -> list[str]:
@@ -230,6 +232,7 @@ def measure(spec: KernelSpec, target: Target) -> Row:
         spec.name, target.name, "triton", spec.kind, bytes=spec.bytes, flops=spec.flops,
         compute=spec.compute, bulk_store=spec.bulk_store,
     )  # fmt: skip
+    start = time.perf_counter()
     try:
         compiled = compile_spec(spec, target)
     except Exception as error:  # whatever the compiler raises is the finding
@@ -244,6 +247,7 @@ def measure(spec: KernelSpec, target: Target) -> Row:
             facts = read_usage(_cuobjdump("-res-usage", cubin))
             facts |= read_sass(_cuobjdump("-sass", cubin))
     facts["shared_bytes"] = compiled.metadata.shared
+    facts["compile_seconds"] = round(time.perf_counter() - start, 2)
     return roofline(replace(row, **facts))
 
 
@@ -261,6 +265,15 @@ def roofline(row: Row) -> Row:
 def _measure(module: str, arch: str, position: int) -> Row:
     target = Target.named(arch)
     return measure(importlib.import_module(module).aot_specs(target)[position], target)
+
+
+def _measured(tasks: Sequence[tuple[str, str, int]], jobs: int) -> list[Row | None]:
+    """The rows of ``tasks`` from a pool of processes; None for those its breakdown left undone."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        pending = [pool.submit(_measure, *task) for task in tasks]
+        wait(pending)
+        return [None if future.exception() else future.result() for future in pending]
 
 
 def kernel_modules() -> list[str]:
@@ -284,10 +297,16 @@ def triton_rows(modules: Sequence[str], archs: Sequence[str], jobs: int) -> list
     if jobs == 1:
         rows = [_measure(*task[:3]) for task in tasks]
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-            pending = [pool.submit(_measure, *task[:3]) for task in tasks]
-            rows = [future.result() for future in pending]
+        rows = []
+        while tasks:
+            done = _measured([task[:3] for task in tasks], jobs)
+            rows += [row for row in done if row is not None]
+            tasks = [task for task, row in zip(tasks, done, strict=True) if row is None]
+            # A crash of the compiler ends every task in flight: try those one at a time.
+            for module, arch, position, spec in tasks[: jobs + 1]:
+                row = _measured([(module, arch, position)], 1)[0]
+                rows.append(row or Row(spec.name, arch, "triton", error="the compiler crashed"))
+            tasks = tasks[jobs + 1 :]
     return sorted(rows, key=lambda row: (row.kernel, archs.index(row.arch)))
 
 
