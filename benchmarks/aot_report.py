@@ -126,8 +126,8 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 
 _SASS_MATRIX = re.compile(r"\b(HGMMA|HMMA|IMMA|DMMA|QMMA|OMMA|UTC[A-Z]*MMA)\b")
-_SASS_LOAD = re.compile(r"\b(?:LDG|LDGSTS|UTMALDG|UBLKCP)\b[.\w]*")
-_SASS_STORE = re.compile(r"\b(?:STG|UTMASTG)\b[.\w]*")
+_SASS_LOAD = re.compile(r"\b(?:LDG|LD|LDGSTS|UTMALDG|UBLKCP)\b[.\w]*")
+_SASS_STORE = re.compile(r"\b(?:STG|ST|UTMASTG)\b[.\w]*")
 _AMD_MATRIX = re.compile(r"\b(v_mfma|v_wmma|v_smfmac)_\w+")
 _AMD_LOAD = re.compile(r"\b(?:global|buffer|flat)_load_(\w+)")
 _AMD_STORE = re.compile(r"\b(?:global|buffer|flat)_store_(\w+)")
@@ -348,7 +348,9 @@ def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
         return []
     usage = _by_function(_cuobjdump("-res-usage", extension))
     sass = _by_function(_cuobjdump("-sass", extension))
-    keys = sorted(key for key in usage if key[0] in archs)
+    keys = sorted(
+        (key for key in usage if key[0] in archs), key=lambda key: (key[1], archs.index(key[0]))
+    )
     return [
         Row(name, key[0], "nvcc", **read_usage(usage[key]), **read_sass(sass[key]))
         for key, name in zip(keys, _demangled([mangled for _, mangled in keys]), strict=True)
