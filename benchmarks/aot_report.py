@@ -343,7 +343,10 @@ def _demangled(names: Sequence[str]) -> list[str]:
 
 
 def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
-    """One row per CUDA kernel in the extension; empty when it was built without nvcc."""
+    """One row per CUDA kernel in the extension; empty when it was built without nvcc.
+
+    All of them write in bulk, to weights or across the bus to the host, hence ``bulk_store``.
+    """
     if b".nv_fatbin" not in extension.read_bytes():
         return []
     usage = _by_function(_cuobjdump("-res-usage", extension))
@@ -352,7 +355,7 @@ def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
         (key for key in usage if key[0] in archs), key=lambda key: (key[1], archs.index(key[0]))
     )
     return [
-        Row(name, key[0], "nvcc", **read_usage(usage[key]), **read_sass(sass[key]))
+        Row(name, key[0], "nvcc", bulk_store=True, **read_usage(usage[key]), **read_sass(sass[key]))
         for key, name in zip(keys, _demangled([mangled for _, mangled in keys]), strict=True)
     ]
 
