@@ -1,7 +1,8 @@
 // W += s·left·right over a list of matrices in one launch: every element is read and written once.
 //
-// A block takes a tile of 64 × 256 elements.  Its slices of the factors go through shared memory,
-// 16 ranks at a time; a thread holds 8 × 8 sums in registers and moves W in 16-byte pieces.
+// A block takes a tile of 32 × 256 elements.  Its slices of the factors go through shared memory,
+// 16 ranks at a time; a thread holds 4 × 8 sums in registers and moves W in 16-byte pieces.  With 128
+// registers a thread, two blocks fit a multiprocessor.
 #include <cstring>
 #include <vector>
 
@@ -13,12 +14,12 @@ namespace pkt {
 namespace cuda {
 namespace {
 
-constexpr int kTileRows = 64, kTileColumns = 256, kRanks = 16;
-constexpr int kWide = 8;                                // columns of one thread
-constexpr int kAcross = kTileColumns / kWide;           // threads along a row: one warp
+constexpr int kTileRows = 32, kTileColumns = 256, kRanks = 16;
+constexpr int kWide = 8;  // columns of one thread
+constexpr int kAcross = kTileColumns / kWide;  // threads along a row: one warp
 constexpr int kThreads = 256;
-constexpr int kDown = kThreads / kAcross;               // rows a block touches at once
-constexpr int kTall = kTileRows / kDown;                // rows of one thread
+constexpr int kDown = kThreads / kAcross;  // rows a block touches at once
+constexpr int kTall = kTileRows / kDown;  // rows of one thread
 
 struct Entry {
   Matrix matrix;
@@ -71,7 +72,7 @@ __device__ void update_tile(const Entry& entry, int64_t tile, uint32_t number, b
           k < matrix.rank && at < matrix.columns ? element(matrix.right, k, at) : 0.0f;
     }
     __syncthreads();
-#pragma unroll
+#pragma unroll 4
     for (int k = 0; k < kRanks; ++k) {
       float across[kWide];
 #pragma unroll
