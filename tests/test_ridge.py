@@ -69,7 +69,8 @@ def moments_of(u, h, y, *, own_length=False, batch=7):
 @pytest.mark.parametrize("strength", [1e-6, 1e-2, 3.0])
 def test_solution_equals_least_squares_on_the_rows(shape, strength, own_length):
     count, wide, narrow = shape
-    u, h, y = rows(count, wide, seed=1), rows(count, narrow, seed=2), 5 * rows(count, narrow, seed=3)
+    u, h = rows(count, wide, seed=1), rows(count, narrow, seed=2)
+    y = 5 * rows(count, narrow, seed=3)
     moments = moments_of(u, h, y, own_length=own_length)
     if own_length:
         y = y / y.norm(dim=1, keepdim=True) * h.norm(dim=1, keepdim=True)
