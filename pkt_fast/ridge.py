@@ -109,8 +109,8 @@ def output_projections(
         if found is None:
             raise ModelError(
                 "the ridge solution needs an output that one linear module makes; target layer "
-                f"{layer} has none at interface={interface!r}: use 'mlp' or 'attention' if the model "
-                "has them, or solver='adamw' with warm_start=False"
+                f"{layer} has none at interface={interface!r}: use 'mlp' or 'attention' where it "
+                "exists, or solver='adamw' with warm_start=False"
             )
         path = found[0]
         if path not in anatomy.lora_targets(layer, modules):
