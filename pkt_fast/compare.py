@@ -37,6 +37,7 @@ from .transfer import TransferResult, transfer
 
 LABELS = ("given", "none", "source")
 LEARNING_RATES = (1e-3, 3e-3, 3e-4, 1e-2)
+_MIDDLE_RATES = (3e-3, 1e-3, 1e-2)  # with a weight to tune beside
 _WEIGHTS = (1.0, 0.3, 3.0)
 _ALIGN = {"layers": "all", "output_loss": "kl", "interface": "block", "objective": "squared"}
 
@@ -75,7 +76,8 @@ class Recipe:
 def _recipe(
     name: str, settings: Mapping[str, Any], *, change: bool = False, **tuned: Sequence[Any]
 ) -> Recipe:
-    return Recipe(name, settings, {"learning_rate": LEARNING_RATES, **tuned}, change)
+    rates = _MIDDLE_RATES if tuned else LEARNING_RATES
+    return Recipe(name, settings, {"learning_rate": rates, **tuned}, change)
 
 
 RECIPES: dict[str, Recipe] = {
@@ -83,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         _recipe("paper", {}, layer_weight=_WEIGHTS),
         _recipe("sft", {"method": "sft"}),
-        _recipe("kd", {"method": "kd"}, temperature=(1.0, 2.0)),
+        _recipe("kd", {"method": "kd"}),
         _recipe("sft+kd", {"method": "kd"}, label_weight=_WEIGHTS),
         _recipe("hidden_kd", {"method": "hidden_kd"}, layer_weight=_WEIGHTS),
         _recipe("seeking", {"method": "seeking"}),
