@@ -324,8 +324,14 @@ class _Run:
 
     @contextlib.contextmanager
     def _visiting(self, *models: nn.Module) -> Iterator[None]:
-        """Have ``models`` on the device for the block, then where they were before."""
+        """Have ``models`` on the device for the block, then where they were before.
+
+        The source makes room for them and comes back, unless it is one of them.
+        """
         homes = [next(model.parameters()).device for model in models]
+        away = not any(model is self.source for model in models)
+        if away:
+            self.source.to("cpu")
         for model in models:
             model.to(self.device)
         try:
@@ -333,6 +339,8 @@ class _Run:
         finally:
             for model, home in zip(models, homes, strict=True):
                 model.to(home)
+            if away:
+                self.source.to(self.device)
 
     def _source_pass(self, maps: Mapping[int, LatentMap]) -> ActivationStore | None:
         """Run the source once; keep aligned activations, and its head input if a loss needs it."""
