@@ -9,6 +9,7 @@ rows.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -135,18 +136,15 @@ def trials(recipe: Recipe, budget: int) -> list[dict[str, Any]]:
     """
     fields = list(recipe.tuned)
     sizes = [len(recipe.tuned[name]) for name in fields]
-    points: list[tuple[int, ...]] = []
-    for turn in range(math.prod(sizes)):
-        for i in range(sizes[0]):
-            rest = (
-                (i + turn * (position + 1)) % size for position, size in enumerate(sizes[1:])
-            )
-            point = (i, *rest)
-            if point not in points:
-                points.append(point)
+    diagonals = (
+        (i, *((i + turn * step) % size for step, size in enumerate(sizes[1:], 1)))
+        for turn in range(max(sizes))
+        for i in range(sizes[0])
+    )
+    points = dict.fromkeys((*diagonals, *itertools.product(*map(range, sizes))))
     return [
         {name: recipe.tuned[name][i] for name, i in zip(fields, point, strict=True)}
-        for point in points[:budget]
+        for point in itertools.islice(points, budget)
     ]
 
 
@@ -427,7 +425,7 @@ def _split(data: Any, validation: Any, test: Any, other: Any) -> dict[str, Rows]
             role: read_rows(given.get(role) or bundled_rows(split))[0]
             for role, split in named.items()
         }
-    rows = read_rows(data)[0]
+    rows = list(read_rows(data)[0])
     Random(0).shuffle(rows)
     parts: dict[str, Rows] = {"other": [] if other is None else read_rows(other)[0]}
     fifth = max(1, len(rows) // 5)

@@ -163,7 +163,10 @@ def sides(anatomy: Anatomy, layer: int, names: Sequence[str] | None) -> list[Sid
     neurons.
     """
     prefix = f"{anatomy.layers_path}.{layer}."
-    chosen = [path.removeprefix(prefix) for path in anatomy.lora_targets(layer, names)]
+    usual = set(anatomy.lora_targets(layer))  # queries and keys have no row for each neuron
+    chosen = [
+        path.removeprefix(prefix) for path in anatomy.lora_targets(layer, names) if path in usual
+    ]
     found = []
     for sublayer in SUBLAYERS:
         projection = anatomy.output_projection(layer, sublayer)
