@@ -421,8 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += nvcc_rows(extension, archs)
 
     print(table(rows))
-    print(f"\nmodel us: the larger of bytes/bandwidth and operations/peak at data-sheet values, "
-          f"not a measurement\n{peak_table(archs)}")
+    print(
+        f"\nmodel us: the larger of bytes/bandwidth and operations/peak at data-sheet values, "
+        f"not a measurement\n{peak_table(archs)}"
+    )
     faults = [f"{row.kernel} on {row.arch} {fault}" for row in rows for fault in row.faults()]
     for fault in faults:
         print(f"FAIL: {fault}")
