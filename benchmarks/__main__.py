@@ -108,7 +108,7 @@ def page(results: dict[str, Any]) -> str:
 def transfer_markdown(results: list[dict[str, Any]]) -> str:
     """The table of whole transfers."""
     lines = [
-        "| what | ours | Transformers + PEFT | faster | by arithmetic | target | losses differ by |",
+        "| what | ours | Transformers + PEFT | faster | by arithmetic | target | losses differ |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results:

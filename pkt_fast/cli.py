@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_transfer, _demo, _attribute, _inject, _evaluate, _analyze, _bench, _info):
+    for add in _SUBCOMMANDS:
         add(commands)
     return parser
 
@@ -101,11 +101,7 @@ def _command(commands: Any, name: str, summary: str) -> _Parser:
 def _transfer(commands: Any) -> None:
     parser = _command(commands, "transfer", "move knowledge from a source into a smaller target")
     _add_pair(parser)
-    parser.add_argument(
-        "--source-base",
-        metavar="MODEL",
-        help="the source before its fine-tuning: transfer the change",
-    )
+    _add_source_base(parser)
     _add_data(parser, "rows to transfer on")
     parser.add_argument("--output", metavar="DIR", help="where to write the adapter and the report")
     parser.add_argument("--config", metavar="FILE", help="JSON file of settings")
@@ -153,16 +149,8 @@ def _evaluate(commands: Any) -> None:
     parser.add_argument("--delta", metavar="DIR", help="LoRA adapter to inject first")
     _add_data(parser, "rows to evaluate on")
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks instead (extra [eval])")
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=256, help="longest generated answer (default: 256)"
-    )
     parser.add_argument("--batch-size", type=int, default=16, help="rows at a time (default: 16)")
-    parser.add_argument(
-        "--generate",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="generate answers for exact match (default: on)",
-    )
+    _add_generation(parser, 256)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _add_settings(parser, (*_DATA_SETTINGS, *_MODEL_SETTINGS))
 
@@ -179,6 +167,38 @@ def _analyze(commands: Any) -> None:
     _add_settings(parser, (*chosen, *_DATA_SETTINGS, *_MODEL_SETTINGS))
 
 
+def _compare(commands: Any) -> None:
+    parser = _command(commands, "compare", "train every method on equal terms and tabulate them")
+    _add_pair(parser)
+    _add_source_base(parser)
+    parser.add_argument(
+        "--methods",
+        default="sft,kd,sft+kd,hidden_kd,paper",
+        metavar="A,B",
+        help="what to compare (default: %(default)s; an unknown name lists all)",
+    )
+    _add_data(parser, "rows to train on")
+    for role in ("validation", "test"):
+        parser.add_argument(
+            f"--{role}", metavar="FILE", help=f"{role} rows (default: a fifth of --data)"
+        )
+    parser.add_argument("--other", metavar="FILE", help="other text, to see what is forgotten")
+    parser.add_argument("--examples", type=int, metavar="N", help="rows each seed draws")
+    parser.add_argument(
+        "--labels", default="given", metavar="NAME", help="given, none or source (default: given)"
+    )
+    parser.add_argument(
+        "--seeds", type=int_list, default=(0, 1, 2), metavar="LIST", help="default: 0,1,2"
+    )
+    parser.add_argument(
+        "--tune-budget", type=int, default=4, metavar="N", help="trials a method (default: 4)"
+    )
+    _add_generation(parser, 64)
+    parser.add_argument("--output", metavar="DIR", help="where to write the table")
+    chosen = ("epochs", "batch_size", "micro_batch_size", "rank", "alpha", "target_modules")
+    _add_settings(parser, (*chosen, "max_length", "overwrite", *_MODEL_SETTINGS))
+
+
 def _bench(commands: Any) -> None:
     _command(commands, "bench", "run the benchmark suite of a source checkout")
 
@@ -186,6 +206,19 @@ def _bench(commands: Any) -> None:
 def _info(commands: Any) -> None:
     parser = _command(commands, "info", "versions, machine, and who serves each op")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+_SUBCOMMANDS = (
+    _transfer,
+    _demo,
+    _attribute,
+    _inject,
+    _evaluate,
+    _analyze,
+    _compare,
+    _bench,
+    _info,
+)
 
 
 # --------------------------------------------------------------------------- options
@@ -199,6 +232,30 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--data", metavar="FILE", help=f"{what}: .jsonl, .json or .txt (default: a bundled set)"
+    )
+
+
+def _add_source_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--source-base",
+        metavar="MODEL",
+        help="the source before its fine-tuning: transfer the change",
+    )
+
+
+def _add_generation(parser: argparse.ArgumentParser, longest: int) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=longest,
+        metavar="N",
+        help=f"longest generated answer (default: {longest})",
+    )
+    parser.add_argument(
+        "--generate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="generate answers for exact match (default: on)",
     )
 
 
@@ -236,12 +293,15 @@ def _parser_of(name: str) -> Callable[[str], Any]:
 
 def layer_list(text: str) -> tuple[int, ...] | str:
     """``"3,5"`` as (3, 5); ``"all"`` as it is."""
-    if text == "all":
-        return text
+    return text if text == "all" else int_list(text)
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    """``"3,5"`` as (3, 5)."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 3,5, nor all") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 3,5") from error
 
 
 _METAVARS: dict[Callable[[str], Any], str] = {int: "N", float: "X", str: "NAME", layer_list: "LIST"}

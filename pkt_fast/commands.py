@@ -251,6 +251,35 @@ def _analyze(args: argparse.Namespace) -> None:
         out.print("written: " + escape(", ".join(str(path) for path in written)), soft_wrap=True)
 
 
+# --------------------------------------------------------------------------- compare
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from .compare import compare
+
+    comparison = compare(
+        args.source,
+        args.target,
+        args.data,
+        args.methods.split(","),
+        validation=args.validation,
+        test=args.test,
+        other=args.other,
+        source_base=args.source_base,
+        examples=args.examples,
+        labels=args.labels,
+        seeds=args.seeds,
+        tune_budget=args.tune_budget,
+        generate=args.generate,
+        max_new_tokens=args.max_new_tokens,
+        output_dir=args.output,
+        progress=not args.quiet,
+        **settings_of(args),
+    )
+    if not args.quiet:
+        console().print(comparison.table())
+
+
 # --------------------------------------------------------------------------- bench and info
 
 
@@ -389,6 +418,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inject": _inject,
     "evaluate": _evaluate,
     "analyze": _analyze,
+    "compare": _compare,
     "bench": _bench,
     "info": _info,
 }
