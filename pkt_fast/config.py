@@ -32,7 +32,17 @@ REDUCTIONS = ("absolute", "signed", "net")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "native", "triton")
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # Lowest validation loss over the research pairs (docs/methods.md, "What was measured").
+    "best": {
+        "objective": "cosine",
+        "recompose": "dual",
+        "output_loss": "kl",
+        "layers": "all",
+        "layer_weight": 0.3,
+    },
+}
 
 _LABELS = {"objective": "none", "output_loss": "cross_entropy", "layers": "all"}
 

@@ -129,6 +129,15 @@ def test_settings_survive_a_round_trip(method):
     assert all(getattr(config, k) == v for k, v in METHOD_SETTINGS[method].items())
 
 
+def test_presets():
+    assert TransferConfig.make(preset="paper") == TransferConfig()
+    best = TransferConfig.make(preset="best", layer_weight=1.0)
+    assert (best.output_loss, best.recompose, best.layer_weight) == ("kl", "dual", 1.0)
+    history = transfer(*pair(), preset="best", epochs=3).history
+    assert {"layer_loss", "output_loss"} <= set(history[0])
+    assert history[-1]["layer_loss"] < history[0]["layer_loss"]
+
+
 def test_sft_and_kd_mix():
     result = transfer(*pair(), method="kd", label_weight=0.5, temperature=2.0, kl_kind="jsd")
     assert {"output_loss", "label_loss"} <= set(result.history[0])
