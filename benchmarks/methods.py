@@ -3,6 +3,7 @@
     python scripts/train_demo_pair.py --what specialist --output PAIRS
     python scripts/train_demo_pair.py --what sliced --output PAIRS
     python benchmarks/methods.py --pairs PAIRS --setting sliced-32 --methods sft,kd,paper
+    python benchmarks/methods.py --summary
 
 Settings are named PAIR-ROWS, with "-source" behind when the source writes the replies.  PAIR is
 "sliced" (target cut from the source, source fine-tuned on the rows' task), "independent" (bundled
@@ -19,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pkt_fast._files import write_json
-from pkt_fast.compare import Comparison, compare, load_comparison
+from pkt_fast.compare import Comparison, compare, load_comparison, mean_interval
 from pkt_fast.demo import bundled_rows, source_path, target_path
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,12 +30,19 @@ SCHEDULES = {"32": (20, 8), "128": (10, 16), "512": (10, 32)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=Path, required=True, help="holds specialist/ and sliced/")
-    parser.add_argument("--setting", required=True, help="PAIR-ROWS or PAIR-ROWS-source")
-    parser.add_argument("--methods", required=True, help="names of recipes, with commas")
+    parser.add_argument("--pairs", type=Path, help="holds specialist/ and sliced/")
+    parser.add_argument("--setting", help="PAIR-ROWS or PAIR-ROWS-source")
+    parser.add_argument("--methods", help="names of recipes, with commas")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--budget", type=int, default=4)
+    parser.add_argument("--summary", action="store_true", help="print the kept results")
     args = parser.parse_args()
+    if args.summary:
+        for path in sorted(RESULTS.glob("methods_*.json")):
+            print(f"{path.stem.removeprefix('methods_')}\n\n{_summary(load_comparison(path))}")
+        return
+    if not (args.pairs and args.setting and args.methods):
+        parser.error("give --pairs, --setting and --methods, or --summary")
     path = RESULTS / f"methods_{args.setting}.json"
     known = load_comparison(path) if path.exists() else None
     have = {method.name for method in known.methods} if known else set()
@@ -72,6 +80,41 @@ def _measure(setting: str, pairs: Path, methods: list[str], seeds: str, budget: 
         epochs=epochs,
         batch_size=batch_size,
     )
+
+
+def _summary(comparison: Comparison, reference: str = "sft+kd") -> str:
+    """A Markdown table by validation loss, with the paired difference to ``reference`` by seed."""
+    header = ("method", "validation", "test loss", f"minus {reference}", "token acc. %", "gap %")
+    header += ("KL to source", "top-1 %", "other text", "chosen")
+    lines = [header, ("---",) * len(header)]
+    by_name = {method.name: method for method in comparison.methods}
+    compared = by_name[reference].runs if reference in by_name else []
+    for method in sorted(comparison.methods, key=lambda m: m.validation_loss):
+        differences = [
+            run.next_token_loss - other.next_token_loss
+            for run, other in zip(method.runs, compared, strict=bool(compared))
+        ]
+        lines.append(
+            (
+                method.name,
+                f"{method.validation_loss:.4f}",
+                _shown(method.mean("next_token_loss"), 4),
+                "" if method.name == reference else _shown(mean_interval(differences), 4),
+                _shown(method.mean("token_accuracy"), 1, 100),
+                _shown(method.mean("gap_closed"), 1, 100),
+                _shown(method.mean("source_kl"), 3),
+                _shown(method.mean("source_top1"), 1, 100),
+                _shown(method.mean("other_loss"), 2),
+                ", ".join(f"{k} {v:g}" for k, v in method.chosen.items()),
+            )
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _shown(value: tuple[float, float] | None, digits: int, factor: float = 1) -> str:
+    if value is None:
+        return "-"
+    return f"{value[0] * factor:.{digits}f} ± {value[1] * factor:.{digits}f}"
 
 
 def _merged(known: Comparison | None, found: Comparison) -> Comparison:
