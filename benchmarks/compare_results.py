@@ -1,34 +1,67 @@
-"""What got slower between two result files: ``python -m benchmarks compare OLD.json NEW.json``."""
+"""Compare two result files of the suite: exit status 1 when something became slower.
+
+    python benchmarks/compare_results.py BEFORE.json AFTER.json --tolerance 0.25
+
+Medians of our calls are compared row by row.  A row is slower when its median grew by more than the
+tolerance *and* its middle half lies above the earlier one's, so that a noisy row is not reported.
+Files from different machines are refused unless ``--any-machine`` is given.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
-def compare(old: str, new: str, tolerance: float) -> int:
-    """Print the change of every row the files share; 1 when one is slower by more than
-    ``tolerance``.
-
-    Our time is judged relative to the row's limit where there is one, so that results of a slower
-    moment, or of another machine, are not called regressions.
-    """
-    before, after = (_figures(json.loads(Path(p).read_text(encoding="utf-8"))) for p in (old, new))
-    worse = 0
-    for name in before.keys() & after.keys():
-        change = after[name] / before[name] - 1
-        slower = change > tolerance
-        worse += slower
-        print(f"{change:+7.1%}  {'SLOWER' if slower else '      '}  {name}")
-    for name in sorted(before.keys() ^ after.keys()):
-        print(f"   only in {'OLD' if name in before else 'NEW'}  {name}")
-    return int(worse > 0)
+MACHINE = ("cpu", "cores", "torch_threads", "gpus")
 
 
-def _figures(results: Mapping[str, Any]) -> dict[str, float]:
-    """The figure a row is judged by: time over the limit, or time over the peer."""
-    figures = {row["name"]: row["over_limit"] for row in results.get("micro", [])}
-    figures |= {row["name"]: 1 / row["speedup"] for row in results.get("transfer", [])}
-    return figures
+def regressions(
+    before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float
+) -> list[tuple[str, float, bool]]:
+    """(row, after / before, whether that counts as slower) for every row both files have."""
+    earlier = {(row["name"], row["shape"]): row["ours"] for row in before["rows"]}
+    found = []
+    for row in after["rows"]:
+        old, new = earlier.get((row["name"], row["shape"])), row["ours"]
+        if old is None:
+            continue
+        ratio = new["median_s"] / old["median_s"]
+        apart = new["quartiles_s"][0] > old["quartiles_s"][1]
+        found.append((f"{row['name']} ({row['shape']})", ratio, ratio > 1 + tolerance and apart))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print every row's ratio; 1 when a row is slower, 2 for files that cannot be compared."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--tolerance", type=float, default=0.25)
+    parser.add_argument("--any-machine", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        before, after = (
+            json.loads(path.read_text(encoding="utf-8")) for path in (args.before, args.after)
+        )
+        rows = regressions(before, after, args.tolerance)
+        machines = [{key: file["machine"].get(key) for key in MACHINE} for file in (before, after)]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"cannot compare: {error!r}", file=sys.stderr)
+        return 2
+    if machines[0] != machines[1] and not args.any_machine:
+        print(f"not the same machine: {machines[0]} and {machines[1]}", file=sys.stderr)
+        return 2
+    if not rows:
+        print("the files have no row in common", file=sys.stderr)
+        return 2
+    for name, ratio, slower in rows:
+        print(f"{ratio:6.2f}x  {'SLOWER ' if slower else '       '}{name}")
+    return int(any(slower for _, _, slower in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -2,147 +2,170 @@
 
 from __future__ import annotations
 
+import json
+import resource
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import pkt_fast
-from pkt_fast import TransferConfig
-from pkt_fast.data import collate, encode
-from pkt_fast.demo import bundled_rows, load_pair
+from benchmarks.harness import judged, peak_bytes
+from benchmarks.micro import random_llama
+from benchmarks.peer_transfer import transfer_plainly
+from pkt_fast.data import encode
 from pkt_fast.pairing import source_for
-from pkt_fast.steering import attach_lora, plan_steps
-
-from . import peer_transfer
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm_train.jsonl"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Sizes of the two random Llama-architecture models and of the data."""
+class Setup:
+    """Two random Llama-like models and how long they train."""
 
-    vocabulary: int = 32_000
-    source: tuple[int, int] = (640, 16)  # width, layers
-    target: tuple[int, int] = (448, 12)
-    examples: int = 48
-    epochs: int = 5
-
-
-QUICK = Setting(1000, (64, 4), (48, 3), 8, 2)
+    source: tuple[int, int]
+    target: tuple[int, int]
+    vocabulary: int
+    rows: int
+    epochs: int
+    batch_size: int
 
 
-def llama(vocabulary: int, width: int, layers: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=width * 8 // 3 // 16 * 16,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 16 if width < 64 else width // 64,
-        num_key_value_heads=width // 16 if width < 64 else width // 64,
-    )
-    return LlamaForCausalLM(config).eval()
+FULL = Setup((512, 24), (384, 12), 32000, 96, 5, 32)
+SMALL = Setup((64, 4), (48, 2), 1200, 12, 2, 6)
 
 
-def tokenizer_of(vocabulary: int) -> Any:
-    """The bundled tokenizer with unused tokens up to ``vocabulary``, so that every head row has
-    one.
-    """
-    tokenizer = load_pair()[2]
-    tokenizer.add_tokens([f"<unused{i}>" for i in range(vocabulary - len(tokenizer))])
-    return tokenizer
-
-
-def data_rows() -> tuple[Any, str]:
-    """Real GSM8K rows where they lie beside the checkout, else the bundled ones."""
+def rows_of(count: int) -> tuple[list[dict[str, Any]], str]:
+    """(chat rows, where they are from): GSM8K where it lies beside the repository."""
     if GSM8K.is_file():
-        return str(GSM8K), "GSM8K"
-    return bundled_rows("train"), "bundled rows"
+        lines = GSM8K.read_text(encoding="utf-8").split("\n")[:count]
+        return [{"messages": json.loads(line)["messages"]} for line in lines], "GSM8K"
+    from pkt_fast.demo import bundled_rows
+
+    return bundled_rows()[:count], "bundled rows"
 
 
-def compare(setting: Setting, layer: int, device: torch.device) -> dict[str, Any]:
-    """Time both on the same batches from the same adapter; check that the losses agree."""
-    tokenizer = tokenizer_of(setting.vocabulary)
-    rows, origin = data_rows()
-    config = TransferConfig.make(
-        layers=[layer],
-        epochs=setting.epochs,
-        batch_size=16,
-        micro_batch_size=8,
-        max_length=320,
-        limit=setting.examples,
-        device=str(device),
-    )
-    source = llama(setting.vocabulary, *setting.source, seed=1).to(device)
-    target = llama(setting.vocabulary, *setting.target, seed=2).to(device)
+def byte_pair_tokenizer(rows: list[dict[str, Any]], size: int) -> Any:
+    """A byte-level tokenizer of exactly ``size`` tokens, trained on the rows themselves.
 
-    start = time.perf_counter()
-    ours = pkt_fast.transfer(
-        source, target, rows, tokenizer=tokenizer, config=config, progress=False
-    )
-    our_seconds = time.perf_counter() - start
-
-    target = llama(setting.vocabulary, *setting.target, seed=2).to(device)
-    source.to(device)
-    start = time.perf_counter()
-    examples = encode(rows, tokenizer, max_length=config.max_length, limit=config.limit)
-    adapted = attach_lora(target, [layer], config)
-    steps = [
-        [collate(examples, micro, pad_token_id=0).to(device) for micro in step.micro]
-        for step in plan_steps(examples.lengths, config)
-    ]
-    pair = source_for(setting.source[1], setting.target[1], layer)
-    history = peer_transfer.transfer(source, adapted, pair, steps, config.learning_rate)
-    peer_seconds = time.perf_counter() - start
-
-    difference = max(
-        max(abs(a["layer_loss"] - b), abs(a["output_loss"] - c))
-        for a, (b, c) in zip(ours.history, history, strict=True)
-    )
-    if difference > 1e-4:
-        raise AssertionError(f"the two transfers differ: losses by {difference:.1e}")
-    return {
-        "name": f"whole transfer, {setting.epochs} epochs, target layer {layer + 1} of "
-        f"{setting.target[1]}",
-        "data": origin,
-        "tokens": sum(examples.lengths),
-        "ours_seconds": our_seconds,
-        "peer_seconds": peer_seconds,
-        "speedup": peer_seconds / our_seconds,
-        "target": 2.5 if layer + 1 < setting.target[1] else 5.0,
-        "largest_loss_difference": difference,
-        "expected_speedup": expected_speedup(setting, layer),
-        "phases": ours.report["phases"],
-    }
-
-
-def expected_speedup(setting: Setting, layer: int) -> float:
-    """Ratio of the arithmetic that remains: forward 1, frozen backward 1 per layer pass.
-
-    A layer costs its parameters; the vocabulary-wide head and alignment products are counted for
-    the peer only, since ours never forms them.
+    Rows of text this few give fewer merges; the rest are entries that no text reaches, so that
+    every row of the head stands for a token, as in a real model.
     """
-    wide, deep = setting.source
-    narrow, shallow = setting.target
-    source_layer, target_layer = 12 * wide**2, 12 * narrow**2
-    pair = source_for(deep, shallow, layer)
-    tail = shallow - layer
-    supervised = 0.5  # share of tokens with a label, roughly
-    heads = setting.vocabulary * (supervised * (wide + narrow) + wide + 2 * narrow)
-    peer = setting.epochs * (deep * source_layer + (shallow + tail) * target_layer + heads)
-    ours = (pair.source[-1] + 1) * source_layer + layer * target_layer
-    ours += setting.epochs * 2 * tail * target_layer
-    return peer / ours
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([m["content"] for row in rows for m in row["messages"]], trainer)
+    parts = json.loads(tokenizer.to_str())
+    known = parts["model"]["vocab"]
+    known |= {f"<unused{i}>": i for i in range(len(known), size)}
+    tokenizer = Tokenizer.from_str(json.dumps(parts))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
 
 
-def run(setting: Setting, device: torch.device) -> list[dict[str, Any]]:
-    """The layer in the middle and the last one."""
-    layers: Sequence[int] = (setting.target[1] // 2, setting.target[1] - 1)
-    return [compare(setting, layer, device) for layer in layers]
+def measure_transfer(setup: Setup, layer: int, *, what: str, at_least: float) -> dict[str, Any]:
+    """One row: both transfers once, their losses compared; times are wall time of all of it."""
+    rows, origin = rows_of(setup.rows)
+    tokenizer = byte_pair_tokenizer(rows, setup.vocabulary)
+    options = {
+        "layers": [layer], "epochs": setup.epochs, "batch_size": setup.batch_size,
+        "micro_batch_size": 16, "device": "cpu", "dtype": "float32",
+    }
+    found: dict[str, Any] = {}
+
+    def models() -> tuple[Any, Any]:
+        width_s, layers_s = setup.source
+        width_t, layers_t = setup.target
+        return (
+            random_llama(width_s, layers_s, setup.vocabulary),
+            random_llama(width_t, layers_t, setup.vocabulary),
+        )
+
+    source, target = models()
+
+    def ours() -> None:
+        start = time.perf_counter()
+        result = pkt_fast.transfer(
+            source, target, rows, tokenizer=tokenizer, progress=False, **options
+        )
+        found["ours"] = time.perf_counter() - start
+        found["history"], found["phases"] = result.history, result.report["phases"]
+
+    ours_peak = peak_bytes(ours)
+    source, target = models()
+    config = pkt_fast.TransferConfig(**options)
+    pair = source_for(setup.source[1], setup.target[1], layer)
+
+    def peer() -> None:
+        start = time.perf_counter()
+        examples = encode(rows, tokenizer, max_length=config.max_length)
+        found["plain"] = transfer_plainly(source, target, examples, pair, config)[1]
+        found["peer"] = time.perf_counter() - start
+        found["tokens"] = sum(examples.lengths)
+
+    peer_peak = peak_bytes(peer)
+    error = max(
+        abs(a[name] - b[name])
+        for a, b in zip(found["history"], found["plain"], strict=True)
+        for name in ("layer_loss", "output_loss")
+    )
+    if error > 1e-4:
+        raise AssertionError(f"losses of the two transfers differ by {error:.2g}")
+
+    def once(seconds: float, peak: int | None) -> dict[str, Any]:
+        return {
+            "median_s": seconds, "quartiles_s": [seconds, seconds], "fastest_s": seconds,
+            "samples": 1, "peak_bytes": peak,
+        }
+
+    row: dict[str, Any] = {
+        "name": f"whole transfer, {what}",
+        "shape": f"{setup.source[1]}×{setup.source[0]} → {setup.target[1]}×{setup.target[0]}, "
+        f"V={setup.vocabulary:,}, {len(rows)} rows of {origin} ({found['tokens']:,} tokens), "
+        f"{setup.epochs} epochs, target layer {layer} of 0–{setup.target[1] - 1}",
+        "ours": once(found["ours"], ours_peak),
+        "peers": {"Transformers + PEFT": once(found["peer"], peer_peak)},
+        "limits": {},
+        "error": error,
+        "note": "one run each; error is the largest difference of a loss at any step; phases: "
+        + ", ".join(f"{name} {phase['seconds']:.2f} s" for name, phase in found["phases"].items()),
+    }
+    return row | judged(row, {"Transformers + PEFT": at_least}, None)
+
+
+def measure_all(setup: Setup) -> list[dict[str, Any]]:
+    """Middle and last layer."""
+    layers = setup.target[1]
+    return [
+        measure_transfer(setup, layers // 2, what="middle layer", at_least=2.5),
+        measure_transfer(setup, layers - 1, what="last layer", at_least=5),
+    ]
+
+
+def store_memory(directory: Path, count: int, vocabulary: int = 1200) -> int:
+    """Anonymous-memory growth of a transfer of ``count`` examples with a directory store, bytes."""
+    rows, _ = rows_of(16)
+    tokenizer = byte_pair_tokenizer(rows, vocabulary)
+    many = [rows[i % len(rows)] for i in range(count)]
+    source, target = random_llama(192, 4, vocabulary), random_llama(128, 2, vocabulary)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pkt_fast.transfer(
+        source, target, many, tokenizer=tokenizer, progress=False, layers=[1], epochs=1,
+        batch_size=8, micro_batch_size=8, store=str(directory), device="cpu",
+    )
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(json.dumps(measure_all(FULL), indent=2))

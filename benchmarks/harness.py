@@ -1,17 +1,19 @@
-"""Timing ours, a peer and a limit on the same inputs, in the same process.
+"""Times calls beside their peers and their limits: same process, same inputs, in turn.
 
-A row is measured in rounds: ours, then each peer, then the limit, again and again, so that a slow
-moment of the machine falls on all of them.  The table shows medians; spread is the interquartile
-range over the median.  On a GPU every call is timed with events around it and synchronised at its
-end.
+A :class:`Case` is one row: our call, the calls of others that give the same result, and the least
+work the machine could do (a bare GEMM, a copy).  All of them are run in turn, so that a busy moment
+of the machine meets all alike.  Medians and the middle half of the samples are kept.
 
-Memory is the peak of the resident set above what was resident before the call (Linux resets that
-peak on request); on a GPU it is the allocator's peak.  It is taken in one extra call of its own.
+Peak memory is what one call adds to the process: on the CPU the kernel's resident high-water mark,
+reset before the call (after memory the allocator holds back was returned to the system), on CUDA
+the allocator's peak.  Where neither can be read it is None.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,237 +22,230 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-Call = Callable[[], object]
+Call = Callable[[], Any]
+
+SHORTEST_SAMPLE = 2e-3
+MOST_ROUNDS = 15
+
+
+class Missing(str):
+    """Why a peer cannot run here, in place of its call."""
 
 
 @dataclass
-class Row:
-    """One comparison.
+class Case:
+    """One row of the table.
 
     Attributes:
-        name: what is measured, with its shape.
+        name, shape: what is measured, on what.
         ours: our call.
-        peers: peer calls by name, best-known first.
-        limit: the call that the hardware cannot beat (a bare GEMM, a copy of the bytes moved).
-        limit_name: what that call is.
-        target: required speed-up over a peer by peer name (DESIGN targets).
-        target_limit: largest allowed ratio of our time to the limit's.
-        error: relative error of ours against a float64 computation.
-        skipped: peers that cannot run here, with the reason.
-        slow_peer_rounds: rounds for peers that take seconds.
+        peers: calls of others (or :class:`Missing`) by name; the first is the one targets speak of.
+        limits: the least work, by name; the first is the one ratios are taken to.
+        error: largest difference of our result from the first peer's, relative; run once.
+        at_least: peer → how many times faster than it we mean to be.
+        at_most: how many times the first limit we mean to need at most.
+        seconds: time to spend on the row, warm-up not counted.
+        note: what a reader has to know.
     """
 
     name: str
+    shape: str
     ours: Call
-    peers: Mapping[str, Call]
-    limit: Call
-    limit_name: str
-    target: Mapping[str, float] = field(default_factory=dict)
-    target_limit: float | None = None
-    error: float | None = None
-    skipped: Mapping[str, str] = field(default_factory=dict)
-    slow_peer_rounds: int | None = None
+    peers: Mapping[str, Call | Missing]
+    limits: Mapping[str, Call] = field(default_factory=dict)
+    error: Callable[[], float] | None = None
+    at_least: Mapping[str, float] = field(default_factory=dict)
+    at_most: float | None = None
+    seconds: float = 4.0
+    note: str = ""
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronize() -> None:
+    """Wait for the GPU where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
-def timed(call: Call, device: torch.device) -> float:
-    """Seconds of one call."""
-    synchronize(device)
+def seconds_of(call: Call, repeats: int = 1) -> float:
+    """Seconds of one call, averaged over ``repeats`` in a row."""
+    synchronize()
     start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Peak memory of one call above what was in use before it; None where it cannot be measured."""
-    gc.collect()
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    for _ in range(repeats):
         call()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+    synchronize()
+    return (time.perf_counter() - start) / repeats
+
+
+def peak_bytes(call: Call) -> int | None:
+    """Bytes that one call adds to the process at its peak; None where they cannot be read."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
+    except (AttributeError, OSError):
         return None
-    before = status_bytes("VmRSS")
-    result = call()
-    peak = status_bytes("VmHWM")
-    del result
-    return max(0, peak - before)
+    before = _status("VmRSS")
+    call()
+    return max(0, _status("VmHWM") - before)
 
 
-def status_bytes(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+def _status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise KeyError(name)
+    raise OSError(f"/proc/self/status has no {name}")
 
 
-def measure(row: Row, device: torch.device, rounds: int, budget: float) -> dict[str, Any]:
-    """Run a row for ``rounds`` rounds, or fewer once ``budget`` seconds are spent (at least 3)."""
-    calls = {"ours": row.ours, **row.peers, "limit": row.limit}
-    for call in calls.values():
-        call()  # warm up: caches, autotuning, allocator
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    for number in range(rounds):
-        spent = time.perf_counter() - start
-        if number >= 3 and spent > budget:
+def samples_in_turn(
+    calls: Mapping[str, Call], first: Mapping[str, float], seconds: float, rounds: int = MOST_ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds of every call, in turn, until ``seconds`` or ``rounds`` are spent; once at least.
+
+    ``first`` is what each call took before.  A call that took longer than ``seconds`` is not
+    repeated: no warm-up matters to it.
+    """
+    samples = {name: [once] if once > seconds else [] for name, once in first.items()}
+    again = {name: call for name, call in calls.items() if not samples[name]}
+    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / first[name])) for name in again}
+    stop = time.perf_counter() + seconds
+    for done in range(rounds):
+        if done and time.perf_counter() > stop:
             break
-        for name, call in calls.items():
-            slow = name in row.peers and row.slow_peer_rounds is not None
-            if slow and number >= (row.slow_peer_rounds or 0):
-                continue
-            samples[name].append(timed(call, device))
-    memory = {name: peak_bytes(call, device) for name, call in calls.items() if name != "limit"}
-    return _result(row, samples, memory)
+        for name, call in again.items():
+            samples[name].append(seconds_of(call, repeats[name]))
+    return samples
 
 
-def _result(
-    row: Row, samples: Mapping[str, Sequence[float]], memory: Mapping[str, int | None]
-) -> dict[str, Any]:
-    medians = {name: statistics.median(values) for name, values in samples.items()}
-    ours = medians["ours"]
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, fastest and number of samples."""
+    ordered = sorted(samples)
+    low, high = ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
     return {
-        "name": row.name,
-        "ours_seconds": ours,
-        "spread": _spread(samples["ours"]),
-        "rounds": len(samples["ours"]),
-        "ours_bytes": memory["ours"],
-        "limit": row.limit_name,
-        "limit_seconds": medians["limit"],
-        "over_limit": ours / medians["limit"],
-        "target_limit": row.target_limit,
-        "error": row.error,
-        "peers": {
-            name: {
-                "seconds": medians[name],
-                "spread": _spread(samples[name]),
-                "bytes": memory[name],
-                "speedup": medians[name] / ours,
-                "target": row.target.get(name),
-            }
-            for name in row.peers
-        },
-        "skipped": dict(row.skipped),
+        "median_s": statistics.median(ordered),
+        "quartiles_s": [low, high],
+        "fastest_s": ordered[0],
+        "samples": len(ordered),
     }
 
 
-def _spread(values: Sequence[float]) -> float:
-    if len(values) < 4:
-        return (max(values) - min(values)) / statistics.median(values)
-    low, _, high = statistics.quantiles(values, n=4)
-    return (high - low) / statistics.median(values)
+def measure(case: Case) -> dict[str, Any]:
+    """Run one row: {name, shape, ours, peers, limits, ratios, targets, error, note}."""
+    calls: dict[str, Call] = {"ours": case.ours}
+    calls |= {
+        f"peer {name}": call for name, call in case.peers.items() if not isinstance(call, Missing)
+    }
+    calls |= {f"limit {name}": call for name, call in case.limits.items()}
+    error = None if case.error is None else case.error()
+    memory: dict[str, int | None] = {}
+    first: dict[str, float] = {}
+    for name, call in calls.items():
+
+        def timed(name: str = name, call: Call = call) -> None:
+            first[name] = seconds_of(call)
+
+        memory[name] = peak_bytes(timed)
+        if first[name] < 1:  # else long enough for first-time costs not to show
+            memory[name] = peak_bytes(timed)
+        if name.startswith("limit"):
+            del memory[name]
+    found = samples_in_turn(calls, first, case.seconds)
+
+    def entry(name: str) -> dict[str, Any]:
+        return summary(found[name]) | ({"peak_bytes": memory[name]} if name in memory else {})
+
+    row: dict[str, Any] = {
+        "name": case.name,
+        "shape": case.shape,
+        "ours": entry("ours"),
+        "peers": {
+            name: {"skipped": str(call)} if isinstance(call, Missing) else entry(f"peer {name}")
+            for name, call in case.peers.items()
+        },
+        "limits": {name: entry(f"limit {name}") for name in case.limits},
+        "error": error,
+        "note": case.note,
+    }
+    return row | judged(row, case.at_least, case.at_most)
 
 
-# --------------------------------------------------------------------------- limits
-
-
-def copier(bytes_moved: float, device: torch.device) -> Call:
-    """A copy that reads and writes ``bytes_moved`` bytes in all, with all threads."""
-    half = max(1, int(bytes_moved) // 8)
-    source = torch.ones(half, dtype=torch.int32, device=device)
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
-
-
-# --------------------------------------------------------------------------- showing
-
-
-def show(results: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print a table of results."""
-    table = Table(title=title)
-    for column in (
-        "what",
-        "ours",
-        "peer",
-        "peer's time",
-        "faster",
-        "limit",
-        "over limit",
-        "memory",
-        "peer's memory",
-        "target",
-    ):
-        table.add_column(column)
-    for cells in _cells(results):
-        table.add_row(*cells)
-    Console(width=200).print(table)
-
-
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """The same table in Markdown."""
-    head = [
-        "what",
-        "ours",
-        "peer",
-        "peer's time",
-        "faster",
-        "limit",
-        "over limit",
-        "memory",
-        "peer's memory",
-        "target",
+def judged(
+    row: Mapping[str, Any], at_least: Mapping[str, float], at_most: float | None
+) -> dict[str, Any]:
+    """Ratios of a row, and which targets they meet."""
+    ours = row["ours"]["median_s"]
+    speedups = {
+        name: peer["median_s"] / ours for name, peer in row["peers"].items() if "median_s" in peer
+    }
+    of_limit = {name: ours / limit["median_s"] for name, limit in row["limits"].items()}
+    targets = [
+        {
+            "what": f"≥ {wanted:g}x {name}",
+            "measured": speedups.get(name),
+            "met": speedups[name] >= wanted if name in speedups else None,
+        }
+        for name, wanted in at_least.items()
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(results)]
+    if at_most is not None:
+        name, ratio = next(iter(of_limit.items()))
+        targets.append(
+            {"what": f"≤ {at_most:g}x {name}", "measured": ratio, "met": ratio <= at_most}
+        )
+    return {"speedups": speedups, "of_limit": of_limit, "targets": targets}
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def seconds_text(seconds: float) -> str:
+    """Three digits, with the unit that fits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def bytes_text(size: float | None) -> str:
+    """MiB, or a dash."""
+    return "–" if size is None else f"{size / 2**20:,.0f} MiB"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The table of all rows: one line a peer."""
+    lines = [
+        "| what | ours (middle half) | peer | peer's time | faster | limit | ours / limit "
+        "| memory ours / peer | targets |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["ours"]
+        spread = " to ".join(seconds_text(x) for x in ours["quartiles_s"])
+        limits = "; ".join(
+            f"{name} {seconds_text(limit['median_s'])}" for name, limit in row["limits"].items()
+        )
+        ratios = "; ".join(f"{ratio:.2f}" for ratio in row["of_limit"].values())
+        targets = "; ".join(
+            f"{t['what']}: {'not measured' if t['met'] is None else 'met' if t['met'] else 'missed'}"
+            for t in row["targets"]
+        )
+        for number, (name, peer) in enumerate(row["peers"].items()):
+            first = number == 0
+            what = f"**{row['name']}**, {row['shape']}" if first else ""
+            mine = f"{seconds_text(ours['median_s'])} ({spread})" if first else ""
+            if "skipped" in peer:
+                theirs = [name, f"not run: {peer['skipped']}", "–"]
+            else:
+                times = f"{row['speedups'][name]:.1f}x"
+                theirs = [name, seconds_text(peer["median_s"]), times]
+            memory = f"{bytes_text(ours.get('peak_bytes'))} / {bytes_text(peer.get('peak_bytes'))}"
+            cells = [what, mine, *theirs, limits if first else "", ratios if first else ""]
+            cells += [memory, targets if first else ""]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _cells(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    rows = []
-    for result in results:
-        limit = f"{result['limit']}: {seconds(result['limit_seconds'])}"
-        first = [result["name"], f"{seconds(result['ours_seconds'])} ±{result['spread']:.0%}"]
-        for number, (name, peer) in enumerate(result["peers"].items()):
-            rows.append(
-                [
-                    *(first if number == 0 else ["", ""]),
-                    name,
-                    seconds(peer["seconds"]),
-                    f"{peer['speedup']:.1f}×",
-                    limit if number == 0 else "",
-                    f"{result['over_limit']:.2f}×" if number == 0 else "",
-                    size(result["ours_bytes"]) if number == 0 else "",
-                    size(peer["bytes"]),
-                    _verdict(result, peer, number == 0),
-                ]
-            )
-        for name, reason in result["skipped"].items():
-            rows.append(["", "", name, f"not run: {reason}", "", "", "", "", "", ""])
-    return rows
-
-
-def _verdict(result: Mapping[str, Any], peer: Mapping[str, Any], first: bool) -> str:
-    parts = []
-    if peer["target"] is not None:
-        met = "met" if peer["speedup"] >= peer["target"] else "missed"
-        parts.append(f"≥ {peer['target']:g}× {met}")
-    if first and result["target_limit"] is not None:
-        met = "met" if result["over_limit"] <= result["target_limit"] else "missed"
-        parts.append(f"≤ {result['target_limit']:.3g}× limit {met}")
-    return ", ".join(parts)
-
-
-def seconds(value: float) -> str:
-    """A time with a readable unit."""
-    if value >= 1:
-        return f"{value:.2f} s"
-    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
-
-
-def size(value: int | None) -> str:
-    """A number of bytes with a readable unit."""
-    return "-" if value is None else f"{value / 2**20:.0f} MiB"

@@ -1,5 +1,7 @@
-"""The building blocks: ours beside the best peer and the limit, at the shapes of the design's
-targets.
+"""The rows of single operations: what is measured, beside what, on which shapes.
+
+``cases(sizes, device)`` builds them one at a time, so that inputs of one row are gone before the
+next.  :data:`FULL` are the shapes of the design's table, :data:`SMALL` run in seconds anywhere.
 """
 
 from __future__ import annotations
@@ -7,459 +9,515 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pkt_fast import SemanticBasis, SemanticMap, losses, reference
-from pkt_fast.anatomy import HeadTransform
-from pkt_fast.attribution import gradient_x_activation
+import pkt_fast
+from benchmarks.harness import Case, Missing
+from pkt_fast import ops, reference
+from pkt_fast.attribution import attribute
 from pkt_fast.capture import capture
-from pkt_fast.data import Batch, Example, collate
-from pkt_fast.objectives import FrozenHead, Rows, logit_cosine_term
-from pkt_fast.ops import capture_rows, grad_x_act, inject_, linear_kl, row_cosine
-
-from .harness import Row, copier
+from pkt_fast.data import Batch
+from pkt_fast.heads import head_statistics
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """How large the inputs are."""
+class Sizes:
+    """Shapes of all rows; ``seconds`` is the time to spend on each."""
 
-    vocabulary: int = 32_000
-    wide: int = 1024
-    narrow: int = 512
-    tokens: int = 4096
-    kl_tokens: int = 1024
-    rows: int = 8192
-    channels: int = 4096
-    matrix: tuple[int, int] = (11008, 4096)
-    model_layers: int = 8
-    model_width: int = 512
-
-
-QUICK = Shapes(500, 48, 24, 64, 32, 128, 64, (96, 64), 2, 48)
+    vocabulary: int
+    source: int
+    target: int
+    tokens: int
+    wide_rows: int
+    width: int
+    inject: tuple[int, int]
+    model_width: int
+    model_layers: int
+    model_batch: tuple[int, int]
+    seconds: float
 
 
-def randn(
-    *shape: int, seed: int, device: torch.device, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(device, dtype)
+FULL = Sizes(32000, 1024, 512, 4096, 8192, 4096, (4096, 11008), 512, 12, (8, 256), 4.0)
+SMALL = Sizes(1536, 64, 48, 128, 128, 128, (96, 160), 32, 3, (2, 24), 0.02)
 
 
-def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
+def cases(sizes: Sizes, device: str = "cpu", only: str = "") -> Iterator[Case]:
+    """Every row whose name contains ``only``, built when it is asked for."""
+    for name, build in BUILDERS.items():
+        if only in name:
+            torch.manual_seed(0)
+            case = build(sizes, torch.device(device))
+            case.seconds = sizes.seconds
+            yield case
 
 
-# --------------------------------------------------------------------------- semantics
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖ / ‖theirs‖ in float64."""
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).norm() / theirs.norm())
 
 
-def basis(shapes: Shapes, device: torch.device) -> Row:
-    weight = randn(shapes.vocabulary, shapes.wide, seed=0, device=device)
-    double = weight.double()
-    inverse = torch.linalg.inv(double.T @ double)
-    exact = reference.unit_rows(double @ inverse)
-    del double
+def _heads(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
+    source = torch.randn(sizes.vocabulary, sizes.source, device=device)
+    return source, torch.randn(sizes.vocabulary, sizes.target, device=device)
 
-    def limit() -> None:
-        block = weight[:4096].double()
-        for _ in range(0, shapes.vocabulary, 4096):
-            block.T @ block
 
-    return Row(
-        f"semantic basis, {shapes.vocabulary}×{shapes.wide} float32",
-        lambda: SemanticBasis.from_weight(weight).vectors,
-        {"torch.linalg.pinv": lambda: torch.linalg.pinv(weight)},
-        limit,
-        "float64 Gram GEMM",
+def _gemm(n: int, k: int, m: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    x, w = torch.randn(n, k, device=device, dtype=dtype), torch.randn(k, m, device=device, dtype=dtype)
+    out = torch.empty(n, m, device=device, dtype=dtype)
+    return lambda: torch.mm(x, w, out=out)
+
+
+def _copy(size: int, device: torch.device) -> Any:
+    x = torch.ones(size // 8, dtype=torch.int64, device=device)
+    y = torch.empty_like(x)
+    return lambda: y.copy_(x)
+
+
+# --------------------------------------------------------------------------- vocabulary
+
+
+def basis(sizes: Sizes, device: torch.device) -> Case:
+    weight, _ = _heads(sizes, device)
+
+    def peer() -> Tensor:
+        return reference.unit_rows(torch.linalg.pinv(weight).T)
+
+    def error() -> float:
+        rows = slice(0, 2048)
+        inverse = torch.linalg.inv(weight.double().T @ weight.double())
+        exact = reference.unit_rows(weight[rows].double() @ inverse)
+        return relative(pkt_fast.SemanticBasis.from_weight(weight).vectors[rows], exact)
+
+    rows, width = weight.shape
+    return Case(
+        "basis",
+        f"{rows:,}×{width} float32",
+        lambda: pkt_fast.SemanticBasis.from_weight(weight).vectors,
+        {"torch.linalg.pinv": peer},
+        {"float64 Gram GEMM": _gemm(width, rows, width, device, torch.float64)},
+        error,
         {"torch.linalg.pinv": 5},
-        error=relative(SemanticBasis.from_weight(weight).vectors, exact),
-        slow_peer_rounds=2,
+        note=f"the head itself takes {rows * width * 4 / 2**20:.0f} MiB, the basis as much again",
     )
 
 
-def align(shapes: Shapes, device: torch.device) -> Row:
-    source = SemanticBasis.from_weight(randn(shapes.vocabulary, shapes.wide, seed=0, device=device))
-    target = SemanticBasis.from_weight(
-        randn(shapes.vocabulary, shapes.narrow, seed=1, device=device)
-    )
-    mapping = SemanticMap.between(source, target)
-    hidden = randn(shapes.tokens, shapes.wide, seed=2, device=device)
-    s, t = source.vectors, target.vectors
+def align(sizes: Sizes, device: torch.device) -> Case:
+    source, target = _heads(sizes, device)
+    s, t = F.normalize(source, dim=1), F.normalize(target, dim=1)
+    matrix = t.T @ s
+    hidden = torch.randn(sizes.tokens, sizes.source, device=device)
 
-    def two_steps() -> Tensor:
-        return reference.recompose(reference.coefficients(hidden, s), t)
-
-    double = reference.recompose(reference.coefficients(hidden.double(), s.double()), t.double())
-    return Row(
-        f"align {shapes.tokens} tokens {shapes.wide}→{shapes.narrow}, V={shapes.vocabulary}",
-        lambda: mapping(hidden),
-        {"the paper's two steps": two_steps},
-        lambda: hidden @ mapping.matrix.T,
-        "bare GEMM",
-        {"the paper's two steps": 80},
-        target_limit=1 / 0.9,
-        error=relative(mapping(hidden), double),
-        slow_peer_rounds=3,
-    )
-
-
-# --------------------------------------------------------------------------- losses
-
-
-def frozen_head(vocabulary: int, width: int, seed: int, device: torch.device) -> nn.Linear:
-    head = nn.Linear(width, vocabulary, bias=False, device=device).requires_grad_(False)
-    head.weight.copy_(randn(vocabulary, width, seed=seed, device=device))
-    return head
-
-
-def with_gradient(loss: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward of ``loss`` with respect to ``hidden``."""
-
-    def call() -> Tensor:
-        leaf = hidden.detach().requires_grad_()
-        return torch.autograd.grad(loss(leaf), leaf)[0]
-
-    return call
-
-
-def label_cosine(shapes: Shapes, device: torch.device) -> Row:
-    head = frozen_head(shapes.vocabulary, shapes.narrow, 1, device)
-    hidden = randn(shapes.tokens, shapes.narrow, seed=2, device=device)
-    labels = torch.randint(0, shapes.vocabulary, (shapes.tokens,), device=device)
-    factor = losses.statistics_of(head).factor
-
-    def logits(leaf: Tensor) -> Tensor:
-        z = head(leaf)
-        return 1 - (z.gather(1, labels[:, None])[:, 0] / z.norm(dim=-1)).mean()
-
-    def limit() -> Tensor:
-        return (hidden @ factor.T) @ factor
-
-    ours = with_gradient(lambda h: losses.label_cosine(h, head, labels), hidden)
-    return Row(
-        f"label cosine fwd+bwd, {shapes.tokens} tokens, {shapes.narrow}, V={shapes.vocabulary}",
-        ours,
-        {"torch logits": with_gradient(logits, hidden)},
-        limit,
-        "two D×D GEMMs",
-        {"torch logits": 60},
-        error=relative(ours(), with_gradient(logits, hidden)()),
-        slow_peer_rounds=3,
-    )
-
-
-def logit_cosine(shapes: Shapes, device: torch.device) -> Row:
-    ours_head = frozen_head(shapes.vocabulary, shapes.narrow, 1, device)
-    theirs_head = frozen_head(shapes.vocabulary, shapes.wide, 0, device)
-    hidden = randn(shapes.tokens, shapes.narrow, seed=2, device=device)
-    source = randn(shapes.tokens, shapes.wide, seed=3, device=device)
-    plain = HeadTransform(1.0, 0.0, bias=False, exact=True)
-    term = logit_cosine_term(FrozenHead.of(ours_head, plain), FrozenHead.of(theirs_head, plain))
-    empty = torch.zeros(0)
-
-    def ours(leaf: Tensor) -> Tensor:
-        return term(Rows({}, leaf, empty, empty, {"head": source})).mean()
-
-    def logits(leaf: Tensor) -> Tensor:
-        return (1 - F.cosine_similarity(ours_head(leaf), theirs_head(source), dim=-1)).mean()
-
-    peers = {"torch logits": with_gradient(logits, hidden)}
-    skipped = {}
-    if importlib.util.find_spec("liger_kernel") is None:
-        skipped["Liger chunked cosine"] = "liger-kernel is not installed"
-    else:
-        from liger_kernel.chunked_loss import LigerFusedLinearCosineSimilarityLoss
-
-        chunked = LigerFusedLinearCosineSimilarityLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=False
-        )
-        labels = torch.zeros(shapes.tokens, dtype=torch.int64, device=device)
-        student = ours_head.weight.detach()
-
-        def liger(leaf: Tensor) -> Tensor:
-            return chunked(leaf, student, source, theirs_head.weight, labels)
-
-        peers["Liger chunked cosine"] = with_gradient(liger, hidden)
-    return Row(
-        f"logit cosine fwd+bwd, {shapes.tokens} tokens, V={shapes.vocabulary}",
-        with_gradient(ours, hidden),
-        peers,
-        lambda: source @ torch.empty(shapes.wide, shapes.narrow, device=device).zero_(),
-        "one D×D GEMM",
-        {"Liger chunked cosine": 60},
-        error=relative(with_gradient(ours, hidden)(), with_gradient(logits, hidden)()),
-        skipped=skipped,
-        slow_peer_rounds=2,
-    )
-
-
-def kl(shapes: Shapes, device: torch.device) -> Row:
-    ours_head = frozen_head(shapes.vocabulary, shapes.narrow, 1, device).weight * 0.05
-    theirs_head = frozen_head(shapes.vocabulary, shapes.wide, 0, device).weight * 0.05
-    hidden = randn(shapes.kl_tokens, shapes.narrow, seed=2, device=device)
-    source = randn(shapes.kl_tokens, shapes.wide, seed=3, device=device)
-
-    def ours(leaf: Tensor) -> Tensor:
-        rows = linear_kl(leaf, ours_head, source, theirs_head, None, None, 0.0, 0.0, 1.0, "jsd")
-        return rows.mean()
-
-    def logits(leaf: Tensor) -> Tensor:
-        return reference.linear_kl(leaf, ours_head, source, theirs_head, kind="jsd").mean()
-
-    peers = {"torch logits": with_gradient(logits, hidden)}
-    skipped = {}
-    if importlib.util.find_spec("liger_kernel") is None:
-        skipped["Liger chunked JSD"] = "liger-kernel is not installed"
-    else:
-        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-        chunked = LigerFusedLinearJSDLoss(
-            weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=False
-        )
-        labels = torch.zeros(shapes.kl_tokens, dtype=torch.int64, device=device)
-        peers["Liger chunked JSD"] = with_gradient(
-            lambda leaf: chunked(leaf, ours_head, source, theirs_head, labels), hidden
-        )
-    return Row(
-        f"output JSD fwd+bwd, {shapes.kl_tokens} tokens, V={shapes.vocabulary}",
-        with_gradient(ours, hidden),
-        peers,
-        lambda: ((hidden @ ours_head.T) @ ours_head, source @ theirs_head.T),
-        "the three V-wide GEMMs",
-        error=relative(with_gradient(ours, hidden)(), with_gradient(logits, hidden)()),
-        skipped=skipped,
-        slow_peer_rounds=3,
-    )
-
-
-def cosine(shapes: Shapes, device: torch.device) -> Row:
-    x = randn(shapes.tokens, shapes.channels, seed=0, device=device, dtype=torch.bfloat16)
-    y = randn(shapes.tokens, shapes.channels, seed=1, device=device, dtype=torch.bfloat16)
-
-    def torch_cosine(leaf: Tensor) -> Tensor:
-        return (1 - F.cosine_similarity(leaf.float(), y.float(), dim=-1)).mean()
-
-    return Row(
-        f"layer cosine fwd+bwd, {shapes.tokens}×{shapes.channels} bfloat16",
-        with_gradient(lambda h: 1 - row_cosine(h, y).mean(), x),
-        {"torch.cosine_similarity": with_gradient(torch_cosine, x)},
-        copier(3 * x.numel() * 2, device),
-        "copy of the bytes moved",
-        error=relative(
-            with_gradient(lambda h: 1 - row_cosine(h, y).mean(), x)(),
-            with_gradient(torch_cosine, x)(),
-        ),
-    )
-
-
-# --------------------------------------------------------------------------- capture, attribution
-
-
-def gather(shapes: Shapes, device: torch.device) -> Row:
-    value = randn(shapes.rows, shapes.channels, seed=0, device=device, dtype=torch.bfloat16)
-    index = torch.randperm(shapes.rows)[: shapes.rows // 2].sort().values.to(device)
-    out = torch.zeros(len(index), shapes.channels, dtype=torch.bfloat16, device=device)
-
-    def expression() -> Tensor:
-        return out.copy_(F.normalize(value.float(), dim=-1)[index])
-
-    def gathered_first() -> Tensor:
-        return out.copy_(F.normalize(value[index].float(), dim=-1))
-
-    exact = reference.unit_rows(value[index].double())
-
-    def ours() -> None:
-        capture_rows(out, 0, index, value, None, None, None, 0.0, 1.0, True)
-
-    ours()
-    return Row(
-        f"capture half of {shapes.rows}×{shapes.channels} bfloat16, normalise, cast",
-        ours,
-        {"torch, gather first": gathered_first, "torch expression": expression},
-        copier(2 * out.numel() * 2, device),
-        "copy of the bytes moved",
-        {"torch expression": 20},
-        target_limit=1.5,
-        error=relative(out, exact),
-    )
-
-
-def product(shapes: Shapes, device: torch.device) -> Row:
-    grid = (8, shapes.rows // 8, shapes.channels)
-    gradient = randn(*grid, seed=0, device=device, dtype=torch.bfloat16)
-    activation = randn(*grid, seed=1, device=device, dtype=torch.bfloat16)
-
-    def expression() -> tuple[Tensor, Tensor]:
-        values = (gradient.float() * activation.float()).flatten(1)
-        return values.sum(1), values.abs().sum(1)
-
-    views = gradient.view(torch.int64), activation.view(torch.int64)
-    exact = reference.gradient_times_activation(gradient.double(), activation.double())
-    return Row(
-        f"gradient × activation, {shapes.rows}×{shapes.channels} bfloat16",
-        lambda: grad_x_act(gradient, activation),
-        {"torch expression": expression},
-        lambda: (views[0].sum(), views[1].sum()),
-        "reading both once (integer sums)",
-        {"torch expression": 15},
-        target_limit=1.5,
-        error=relative(grad_x_act(gradient, activation)[1], exact[1]),
-    )
-
-
-def small_llama(shapes: Shapes, device: torch.device) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=shapes.model_width,
-        intermediate_size=shapes.model_width * 8 // 3,
-        num_hidden_layers=shapes.model_layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    return LlamaForCausalLM(config).eval().to(device)
-
-
-def example_batch(device: torch.device, rows: int = 8, length: int = 64) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 2048, (rows, length), generator=generator).tolist()
-    examples = [
-        Example(tuple(row), tuple([-100] * (length // 2) + row[length // 2 :]), i)
-        for i, row in enumerate(ids)
-    ]
-    return collate(examples, range(rows), pad_token_id=0).to(device)
-
-
-def attribution(shapes: Shapes, device: torch.device) -> Row:
-    model = small_llama(shapes, device)
-    batch = example_batch(device)
-    skipped, peers = {}, {}
-
-    def forward(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        rows = F.cross_entropy(
-            logits.transpose(1, 2), batch.targets, ignore_index=-100, reduction="none"
-        )
-        return rows.sum(1) / batch.supervised.sum(1)
-
-    if importlib.util.find_spec("captum") is None:
-        skipped["Captum"] = "captum is not installed"
-    else:
-        from captum.attr import LayerGradientXActivation
-
-        layers = [block.mlp for block in model.model.layers]
-        captum = LayerGradientXActivation(forward, layers)
-        peers["Captum, all layers at once"] = lambda: [
-            product.flatten(1).sum(1) for product in captum.attribute(batch.input_ids)
-        ]
-
-    def backward_alone() -> object:
-        return forward(batch.input_ids).sum().backward()
-
-    return Row(
-        f"attribution of {shapes.model_layers} layers × {shapes.model_width}, 512 tokens",
-        lambda: gradient_x_activation(model, batch),
-        peers,
-        backward_alone,
-        "the model's own forward + backward",
-        skipped=skipped,
-    )
-
-
-def model_capture(shapes: Shapes, device: torch.device) -> Row:
-    model = small_llama(shapes, device)
-    batch = example_batch(device)
-    layer = shapes.model_layers // 2 - 1  # hidden_states holds the last block only normed
+    def peer() -> Tensor:
+        return (F.normalize(hidden, dim=1) @ s.T) @ t
 
     def ours() -> Tensor:
-        from pkt_fast.anatomy import Anatomy
+        return ops.align_rows(hidden, matrix)
 
-        with (
-            torch.no_grad(),
-            capture(model, [layer], interface="block", positions=batch.supervised) as acts,
-        ):
-            Anatomy.of(model).run_until(layer, **batch.model_inputs(), use_cache=False)
-        return acts[layer]
-
-    def hidden_states() -> Tensor:
-        with torch.no_grad():
-            output = model(**batch.model_inputs(), use_cache=False, output_hidden_states=True)
-        return output.hidden_states[layer + 1][batch.supervised]
-
-    def blocks() -> None:
-        with torch.no_grad():
-            model.model.layers[0](hidden, position_embeddings=rotary)
-
-    hidden = torch.randn(*batch.input_ids.shape, shapes.model_width, device=device)
-    rotary = model.model.rotary_emb(hidden, batch.position_ids)
-    return Row(
-        f"capture block {layer} of {shapes.model_layers}, 512 tokens",
+    return Case(
+        "align",
+        f"{sizes.tokens:,} tokens {sizes.source}→{sizes.target}, V={sizes.vocabulary:,} float32",
         ours,
-        {"output_hidden_states=True": hidden_states},
-        lambda: [blocks() for _ in range(layer + 1)],
-        f"{layer + 1} bare blocks",
-        error=relative(ours(), hidden_states()),
+        {"the paper's two steps": peer},
+        {"bare GEMM": _gemm(sizes.tokens, sizes.source, sizes.target, device)},
+        lambda: relative(ours(), peer()),
+        {"the paper's two steps": 80},
+        1 / 0.9,
     )
 
 
-# --------------------------------------------------------------------------- injection
+def _with_gradient(value: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[], Tensor]:
+    """A call that gives ∂value/∂hidden."""
+
+    def run() -> Tensor:
+        x = hidden.detach().requires_grad_()
+        value(x).backward()
+        assert x.grad is not None
+        return x.grad
+
+    return run
 
 
-def injection(shapes: Shapes, device: torch.device) -> Row:
-    from peft import LoraConfig, inject_adapter_in_model
+def _liger() -> Any | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    import liger_kernel.chunked_loss as chunked_loss
 
-    out, inner = shapes.matrix
-    holder = nn.Sequential(nn.Linear(inner, out, bias=False)).to(device, torch.bfloat16)
-    weight = holder[0].weight.detach().clone()
-    config = LoraConfig(r=16, lora_alpha=16, target_modules=["0"])
-    adapted = inject_adapter_in_model(config, holder)[0]
-    down = randn(16, inner, seed=1, device=device) * 0.01
-    up = randn(out, 16, seed=2, device=device) * 0.01
-    adapted.lora_A["default"].weight.data.copy_(down)
-    adapted.lora_B["default"].weight.data.copy_(up)
+    return chunked_loss
 
-    def peft() -> None:
-        adapted.merge()
-        adapted.merged_adapters.clear()
 
-    before = weight.double()
-    once = weight.clone()
-    inject_([once], [down], [up], [1.0], [False], [], None)
-    exact = (before + up.double() @ down.double()).to(torch.bfloat16)
-    return Row(
-        f"inject r=16 into {inner}×{out} bfloat16",
-        lambda: inject_([weight], [down], [up], [1.0], [False], [], None),
-        {"PEFT merge": peft},
-        copier(2 * weight.numel() * 2, device),
-        "copy of the matrix",
+NO_LIGER = Missing("pip install liger-kernel")
+
+
+def _liger_label_cosine(weight: Tensor, labels: Tensor, dummy: Tensor) -> Callable[[Tensor], Tensor]:
+    """Liger's chunked cosine with the labels' one-hots where it would have the teacher's logits."""
+    from liger_kernel.chunked_loss.cosine_similarity_loss import (
+        LigerFusedLinearCosineSimilarityFunction as Function,
+    )
+
+    class LabelCosine(Function):  # type: ignore[misc,valid-type]
+        @staticmethod
+        def distillation_loss_fn(student, teacher, target=None, ignore_index=None, beta=1.0):
+            teacher = F.one_hot(target, student.shape[-1]).to(student.dtype)
+            return Function.distillation_loss_fn(student, teacher, target, ignore_index, beta)
+
+    def value(hidden: Tensor) -> Tensor:
+        teacher, head = dummy[: len(hidden)], dummy[: len(weight)]
+        return LabelCosine.apply(
+            hidden, weight, teacher, head, labels, None, None, 0.0, 1.0, 1.0, -100, 1.0, False
+        )
+
+    return value
+
+
+def label_cosine(sizes: Sizes, device: torch.device) -> Case:
+    _, weight = _heads(sizes, device)
+    labels = torch.randint(sizes.vocabulary, (sizes.tokens,), device=device)
+    hidden = torch.randn(sizes.tokens, sizes.target, device=device)
+    head = nn.Linear(sizes.target, sizes.vocabulary, bias=False, device=device)
+    head.weight = nn.Parameter(weight, requires_grad=False)
+    ours = _with_gradient(lambda x: pkt_fast.losses.label_cosine(x, head, labels), hidden)
+
+    def logits(x: Tensor) -> Tensor:
+        z = x @ weight.T
+        return 1 - (z.gather(1, labels[:, None])[:, 0] / z.norm(dim=1)).mean()
+
+    peer = _with_gradient(logits, hidden)
+    liger: Any = NO_LIGER
+    if _liger() is not None:
+        dummy = torch.zeros(max(sizes.vocabulary, sizes.tokens), 1, device=device)
+        liger = _with_gradient(_liger_label_cosine(weight, labels, dummy), hidden)
+    gemm = _gemm(sizes.tokens, sizes.target, sizes.target, device)
+    return Case(
+        "label cosine",
+        f"forward + backward, {sizes.tokens:,}×{sizes.target}, V={sizes.vocabulary:,} float32",
+        ours,
+        {"torch logits": peer, "Liger chunked cosine": liger},
+        {"two D×D GEMMs": lambda: (gemm(), gemm())},
+        lambda: relative(ours(), peer()),
+        {"torch logits": 60, "Liger chunked cosine": 60},
+        note="Liger has no cosine to labels: its function runs with one-hots in the place of the "
+        "teacher's logits and a teacher of width 1; it also takes the head's gradient, which cannot "
+        "be turned off. The head's statistics are computed once a head and not in our time",
+    )
+
+
+def logit_cosine(sizes: Sizes, device: torch.device) -> Case:
+    source, target = _heads(sizes, device)
+    hidden_t = torch.randn(sizes.tokens, sizes.target, device=device)
+    hidden_s = torch.randn(sizes.tokens, sizes.source, device=device)
+    cross = target.T @ source
+    root_t, root_s = head_statistics(target).factor, head_statistics(source).factor
+    labels = torch.zeros(sizes.tokens, dtype=torch.int64, device=device)
+
+    def value(x: Tensor) -> Tensor:
+        inner = (x * (hidden_s @ cross.T)).sum(1)
+        return 1 - (inner / ((x @ root_t.T).norm(dim=1) * (hidden_s @ root_s.T).norm(dim=1))).mean()
+
+    ours = _with_gradient(value, hidden_t)
+    teacher = hidden_s @ source.T
+
+    def logits(x: Tensor) -> Tensor:
+        return 1 - F.cosine_similarity(x @ target.T, teacher, dim=1).mean()
+
+    peer = _with_gradient(logits, hidden_t)
+    chunked, liger = _liger(), NO_LIGER
+    if chunked is not None:
+        loss = chunked.LigerFusedLinearCosineSimilarityLoss(0.0, 1.0, 1.0, compiled=False)
+        liger = _with_gradient(lambda x: loss(x, target, hidden_s, source, labels), hidden_t)
+    gemms = [
+        _gemm(sizes.tokens, sizes.source, width, device) for width in (sizes.source, sizes.target)
+    ] + 2 * [_gemm(sizes.tokens, sizes.target, sizes.target, device)]
+    return Case(
+        "logit cosine",
+        f"forward + backward, {sizes.tokens:,} tokens {sizes.source}→{sizes.target}, "
+        f"V={sizes.vocabulary:,} float32",
+        ours,
+        {"torch logits": peer, "Liger chunked cosine": liger},
+        {"four GEMMs": lambda: [call() for call in gemms]},
+        lambda: relative(ours(), peer()),
+        note="torch logits has the source's logits given; ours and Liger compute them",
+    )
+
+
+def linear_kl(sizes: Sizes, device: torch.device) -> Case:
+    source, target = _heads(sizes, device)
+    source, target = source / sizes.source**0.5, target / sizes.target**0.5
+    tokens = max(16, sizes.tokens // 4)
+    hidden_t = torch.randn(tokens, sizes.target, device=device)
+    hidden_s = torch.randn(tokens, sizes.source, device=device)
+    labels = torch.zeros(tokens, dtype=torch.int64, device=device)
+    ours = _with_gradient(
+        lambda x: ops.linear_kl(x, target, hidden_s, source).mean(), hidden_t
+    )
+
+    def logits(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            p = F.log_softmax(hidden_s @ source.T, dim=1)
+        q = F.log_softmax(x @ target.T, dim=1)
+        return F.kl_div(q, p, reduction="batchmean", log_target=True)
+
+    peer = _with_gradient(logits, hidden_t)
+    chunked, liger = _liger(), NO_LIGER
+    if chunked is not None:
+        loss = chunked.LigerFusedLinearJSDLoss(0.0, 1.0, beta=0.0, compiled=False)
+        liger = _with_gradient(lambda x: loss(x, target, hidden_s, source, labels), hidden_t)
+    gemms = [
+        _gemm(tokens, sizes.source, sizes.vocabulary, device),
+        _gemm(tokens, sizes.target, sizes.vocabulary, device),
+        _gemm(tokens, sizes.vocabulary, sizes.target, device),
+    ]
+    return Case(
+        "linear KL",
+        f"forward + backward, {tokens:,} tokens {sizes.source}→{sizes.target}, "
+        f"V={sizes.vocabulary:,} float32",
+        ours,
+        {"torch logits": peer, "Liger chunked JSD (β=0)": liger},
+        {"three N×V GEMMs": lambda: [call() for call in gemms]},
+        lambda: relative(ours(), peer()),
+        note="a divergence needs every logit: the limit, not the vocabulary, is what remains. Liger "
+        "also takes the head's gradient, which cannot be turned off",
+    )
+
+
+# --------------------------------------------------------------------------- bytes
+
+
+def capture_rows(sizes: Sizes, device: torch.device) -> Case:
+    value = torch.randn(sizes.wide_rows, sizes.width, device=device).bfloat16()
+    index = torch.randperm(sizes.wide_rows, device=device)[: sizes.wide_rows // 2].sort().values
+    out = torch.empty(len(index), sizes.width, dtype=torch.bfloat16, device=device)
+
+    def ours() -> Tensor:
+        ops.capture_rows(out, 0, index, value, normalize=True)
+        return out
+
+    def peer() -> Tensor:
+        return F.normalize(value[index].float(), dim=-1).to(torch.bfloat16)
+
+    return Case(
+        "capture",
+        f"half the rows of {sizes.wide_rows:,}×{sizes.width} bfloat16, normalised",
+        ours,
+        {"torch expression": peer},
+        {"copy of the bytes moved": _copy(2 * len(index) * sizes.width, device)},
+        lambda: relative(ours(), peer()),
+        {"torch expression": 20},
+        1.5,
+    )
+
+
+def gradient_activation(sizes: Sizes, device: torch.device) -> Case:
+    shape = (8, sizes.wide_rows // 8, sizes.width)
+    gradient = torch.randn(shape, device=device).bfloat16()
+    activation = torch.randn(shape, device=device).bfloat16()
+
+    def peer() -> tuple[Tensor, Tensor]:
+        return reference.gradient_times_activation(gradient.float(), activation.float())
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return ops.grad_x_act(gradient, activation)
+
+    words = [x.view(torch.float32).view(-1) for x in (gradient, activation)]
+    return Case(
+        "gradient × activation",
+        f"{sizes.wide_rows:,}×{sizes.width} bfloat16, signed and absolute sums",
+        ours,
+        {"torch expression": peer},
+        {"reading both once": lambda: [x.sum() for x in words]},
+        lambda: relative(ours()[1], peer()[1]),
+        {"torch expression": 15},
+        1.5,
+        note="the limit is torch's float32 sum over the same bytes",
+    )
+
+
+def inject(sizes: Sizes, device: torch.device) -> Case:
+    rows, columns = sizes.inject
+    weight = (0.02 * torch.randn(rows, columns, device=device)).bfloat16()
+    down = torch.randn(16, columns, device=device) / 64
+    up = torch.randn(rows, 16, device=device) / 4096
+    peer: Any = Missing("pip install peft")
+    error = None
+    if importlib.util.find_spec("peft"):
+        layer = _peft_layer(weight, down, up)
+
+        def peer() -> Tensor:
+            layer.merge()
+            layer.merged_adapters.clear()  # merge again the next time
+            return layer.base_layer.weight
+
+        def error() -> float:
+            ours = weight.clone()
+            ops.inject_([ours], [down], [up], [1.0], [False])
+            layer.base_layer.weight.data.copy_(weight)
+            return relative(ours, peer())
+
+    own = weight.clone()
+    return Case(
+        "inject",
+        f"r=16 into {rows:,}×{columns:,} bfloat16",
+        lambda: ops.inject_([own], [down], [up], [1.0], [False]),
+        {"PEFT merge": peer},
+        {"copy of the weight": _copy(2 * rows * columns, device)},
+        error,
         {"PEFT merge": 15},
-        target_limit=1.2,
-        error=relative(once, exact),
+        1.2,
+        note=f"{2 * 16 * rows * columns / 1e9:.1f} GFLOP of float32 arithmetic besides the bytes",
     )
 
 
-ROWS: tuple[Callable[[Shapes, torch.device], Row], ...] = (
-    basis,
-    align,
-    label_cosine,
-    logit_cosine,
-    kl,
-    cosine,
-    gather,
-    product,
-    attribution,
-    model_capture,
-    injection,
-)
+def _peft_layer(weight: Tensor, down: Tensor, up: Tensor) -> Any:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    base = base.to(weight.device)
+    base.weight.data.copy_(weight)
+    layer = Linear(base, "default", LoraConfig(), r=16, lora_alpha=16)
+    layer.lora_A["default"].weight.data = down.clone()
+    layer.lora_B["default"].weight.data = up.clone()
+    return layer
 
 
-def rows(shapes: Shapes, device: torch.device, only: str | None = None) -> Iterator[Row]:
-    """Build the rows one after another; each frees its inputs before the next."""
-    for build in ROWS:
-        if only is None or only in build.__name__:
-            yield build(shapes, device)
+def row_cosine(sizes: Sizes, device: torch.device) -> Case:
+    x = torch.randn(sizes.wide_rows // 2, sizes.width, device=device)
+    y = torch.randn_like(x)
+    ours = _with_gradient(lambda h: 1 - ops.row_cosine(h, y).mean(), x)
+    peer = _with_gradient(lambda h: 1 - F.cosine_similarity(h, y, dim=1).mean(), x)
+    return Case(
+        "row cosine",
+        f"forward + backward, {len(x):,}×{sizes.width} float32",
+        ours,
+        {"torch cosine_similarity": peer},
+        {"copy of the bytes moved": _copy(6 * x.numel(), device)},
+        lambda: relative(ours(), peer()),
+        note="the least traffic: both operands read, the gradient written",
+    )
+
+
+# --------------------------------------------------------------------------- whole models
+
+
+def random_llama(
+    width: int, layers: int, vocabulary: int, device: torch.device | str = "cpu"
+) -> Any:
+    """A Llama-architecture model with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(width + layers)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 8 // 3 // 16 * 16,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).to(device).eval()
+
+
+def _batch(sizes: Sizes, device: torch.device) -> Batch:
+    count, length = sizes.model_batch
+    ids = torch.randint(sizes.vocabulary, (count, length), device=device)
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    positions = torch.arange(length, device=device).expand(count, -1)
+    return Batch(ids, torch.ones_like(ids), labels, positions, tuple(range(count)))
+
+
+def model_capture(sizes: Sizes, device: torch.device) -> Case:
+    model = random_llama(sizes.model_width, sizes.model_layers, sizes.vocabulary, device)
+    batch = _batch(sizes, device)
+    layers = range(sizes.model_layers - 1)
+    mask = batch.supervised
+
+    def ours() -> list[Tensor]:
+        with (
+            torch.inference_mode(),
+            capture(model, list(layers), interface="block", positions=mask) as acts,
+        ):
+            model.model(**batch.model_inputs(), use_cache=False)
+        return [acts[layer] for layer in layers]
+
+    def peer(part: Any) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            with torch.inference_mode():
+                states = part(
+                    **batch.model_inputs(), use_cache=False, output_hidden_states=True
+                ).hidden_states
+            return [states[layer + 1][mask] for layer in layers]
+
+        return run
+
+    whole, headless = peer(model), peer(model.model)
+    return Case(
+        "capture a model",
+        f"{sizes.model_layers} layers × {sizes.model_width}, {mask.numel():,} tokens, half kept, float32",
+        ours,
+        {"output_hidden_states=True": whole, "the same without the head": headless},
+        {"forward without capture": lambda: _plain_forward(model.model, batch)},
+        lambda: relative(torch.stack(ours()), torch.stack(whole())),
+    )
+
+
+def _plain_forward(part: Any, batch: Batch) -> None:
+    with torch.inference_mode():
+        part(**batch.model_inputs(), use_cache=False)
+
+
+def model_attribution(sizes: Sizes, device: torch.device) -> Case:
+    model = random_llama(sizes.model_width, sizes.model_layers, sizes.vocabulary, device)
+    batch = _batch(sizes, device)
+
+    def ours() -> Tensor:
+        return attribute(model, [batch], interface="mlp")
+
+    peer: Any = Missing("pip install captum")
+    if importlib.util.find_spec("captum"):
+        from captum.attr import LayerGradientXActivation
+
+        def losses(embedded: Tensor) -> Tensor:
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+            each = F.cross_entropy(
+                logits.flatten(0, 1), batch.targets.flatten(), reduction="none"
+            ).view_as(batch.targets)
+            return each.sum(1) / batch.supervised.sum(1)
+
+        captum = LayerGradientXActivation(losses, [layer.mlp for layer in model.model.layers])
+
+        def peer() -> Tensor:
+            embedded = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()
+            products = captum.attribute(embedded)
+            return torch.stack([
+                (p[0] if isinstance(p, tuple) else p).flatten(1).abs().sum(1).mean().double()
+                for p in products
+            ])
+
+    return Case(
+        "attribute a model",
+        f"{sizes.model_layers} layers × {sizes.model_width}, {batch.input_ids.numel():,} tokens, float32",
+        ours,
+        {"Captum": peer},
+        error=None if isinstance(peer, Missing) else lambda: relative(ours().cpu(), peer().cpu()),
+    )
+
+
+BUILDERS: dict[str, Callable[[Sizes, torch.device], Case]] = {
+    "basis": basis,
+    "align": align,
+    "label cosine": label_cosine,
+    "logit cosine": logit_cosine,
+    "linear KL": linear_kl,
+    "capture": capture_rows,
+    "gradient × activation": gradient_activation,
+    "inject": inject,
+    "row cosine": row_cosine,
+    "capture a model": model_capture,
+    "attribute a model": model_attribution,
+}

@@ -1,78 +1,102 @@
-"""The peer: SemAlign written the obvious way with Transformers and PEFT.
+"""The method as one would write it with Transformers and PEFT, without deliberate waste.
 
-Dynamic padding, the source under no_grad every epoch, hooks on the paired layers, the paper's
-two-step alignment on the supervised rows, the whole target forward with LoRA on one layer, logits
-for L_out, AdamW.  No waste that an experienced user would not also leave in; the same batches, the
-same adapter initialisation and the same losses as ours.
+One loop over epochs and batches: the source's forward pass without gradient and without its head,
+the paper's two alignment steps over the vocabulary, the target's forward pass with LoRA on the
+paired layer, both losses from the logits of the supervised positions, AdamW.  Batches are padded to
+their longest row.  Autograd keeps no graph below the first trained layer by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pkt_fast.data import Batch
+from pkt_fast import TransferConfig
+from pkt_fast.data import ExampleSet, collate
 from pkt_fast.pairing import LayerPair
+from pkt_fast.steering import plan_steps
+
+MODULES = ("up_proj", "down_proj", "v_proj", "o_proj")
 
 
-def transfer(
+def transfer_plainly(
     source: nn.Module,
     target: nn.Module,
+    examples: ExampleSet,
     pair: LayerPair,
-    steps: Sequence[Sequence[Batch]],
-    learning_rate: float,
-) -> list[tuple[float, float]]:
-    """Train the LoRA already attached to ``target``; returns (layer loss, output loss) by step."""
-    base = target.get_base_model()
-    source_basis = unit_pinv(source.lm_head.weight)
-    target_basis = unit_pinv(base.lm_head.weight)
-    parameters = [p for p in target.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    seen: dict[str, Tensor] = {}
+    config: TransferConfig,
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train ``pair`` of two Llama-like models; returns the PEFT model and the losses by step.
 
-    def keep(name: str):
-        def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
-            seen[name] = output
+    It takes the batches of :func:`pkt_fast.transfer` in the same order, so that losses compare.
+    """
+    from peft import LoraConfig, get_peft_model
 
-        return hook
-
-    handles = [
-        source.model.layers[layer].mlp.register_forward_hook(keep(f"source{i}"))
-        for i, layer in enumerate(pair.source)
-    ]
-    handles.append(base.model.layers[pair.target].mlp.register_forward_hook(keep("target")))
+    basis_s, basis_t = (_basis(model.lm_head.weight) for model in (source, target))
+    names = [name for name, _ in target.model.layers[pair.target].named_modules()]
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=[
+            f"model.layers.{pair.target}.{name}" for name in names if name.endswith(MODULES)
+        ],
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    model = get_peft_model(target, lora)
+    layer = target.model.layers[pair.target].mlp
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
     history = []
-    for batches in steps:
-        count = sum(int(batch.supervised.sum()) for batch in batches)
-        layer_loss = output_loss = 0.0
+    for step in plan_steps(examples.lengths, config):
+        batches = [collate(examples, indices, pad_token_id=0) for indices in step.micro]
+        rows = sum(int(batch.supervised.sum()) for batch in batches)
+        sums = torch.zeros(2)
         for batch in batches:
-            mask = batch.supervised
-            with torch.no_grad():
-                source(**batch.model_inputs(), use_cache=False)
-                hidden = seen["source0"][mask]
-                if len(pair.source) == 2:
-                    hidden = (1 - pair.weight) * hidden + pair.weight * seen["source1"][mask]
-                coefficients = F.normalize(hidden, dim=-1) @ source_basis.T
-                supervisory = coefficients @ target_basis
-            logits = target(**batch.model_inputs(), use_cache=False).logits[mask]
-            at_label = logits.gather(1, batch.targets[mask][:, None])[:, 0]
-            l_out = (1 - at_label / logits.norm(dim=-1)).sum() / count
-            cosine = F.cosine_similarity(seen["target"][mask], supervisory, dim=-1)
-            l_layer = (1 - cosine).sum() / count
-            (l_layer + l_out).backward()
-            layer_loss += l_layer.item()
-            output_loss += l_out.item()
+            keep, inputs = batch.supervised, batch.model_inputs()
+            with (
+                torch.no_grad(),
+                _outputs([source.model.layers[i].mlp for i in pair.source]) as seen,
+            ):
+                source.model(**inputs, use_cache=False)
+            hidden = [value[keep] for value in seen]
+            mixed = hidden[0]
+            if len(hidden) == 2:
+                mixed = (1 - pair.weight) * hidden[0] + pair.weight * hidden[1]
+            aligned = (F.normalize(mixed, dim=1) @ basis_s.T) @ basis_t
+            with _outputs([layer]) as ours:
+                top = target.model(**inputs, use_cache=False).last_hidden_state
+            logits = target.lm_head(top[keep])
+            labels = batch.targets[keep]
+            layer_loss = (1 - F.cosine_similarity(ours[0][keep], aligned, dim=1)).sum() / rows
+            picked = logits.gather(1, labels[:, None])[:, 0]
+            output_loss = (1 - picked / logits.norm(dim=1)).sum() / rows
+            (layer_loss + output_loss).backward()
+            sums += torch.stack([layer_loss.detach(), output_loss.detach()])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append((layer_loss, output_loss))
-    for handle in handles:
-        handle.remove()
-    return history
+        history.append(dict(zip(("layer_loss", "output_loss"), sums.tolist(), strict=True)))
+    return model, history
 
 
-def unit_pinv(weight: Tensor) -> Tensor:
-    """The paper's semantic basis by SVD."""
-    return F.normalize(torch.linalg.pinv(weight.detach()).T, dim=-1)
+def _basis(weight: Tensor) -> Tensor:
+    return F.normalize(torch.linalg.pinv(weight.detach()).T, dim=1)
+
+
+@contextlib.contextmanager
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    values: list[Any] = []
+    handles = [m.register_forward_hook(lambda _m, _a, out: values.append(out)) for m in modules]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,169 +1,152 @@
-"""How time and memory grow: with tokens, vocabulary, width, threads, and examples in a directory
-store.
-"""
+"""Scaling curves: time and memory against tokens, vocabulary, width, threads and examples."""
 
 from __future__ import annotations
 
-import gc
-import statistics
+import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pkt_fast import SemanticBasis, SemanticMap
-from pkt_fast.phases import StorePlace
+from benchmarks.harness import Case, Missing, measure
+from benchmarks.micro import FULL, Sizes, align, inject, label_cosine
 
-from .harness import peak_bytes, status_bytes, timed
-from .micro import Shapes, frozen_head, label_cosine, randn, with_gradient
-
-Point = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[1]
+BASE = replace(FULL, source=256, target=128, tokens=1024, vocabulary=32000)
 
 
-def median_time(call: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    call()
-    return statistics.median(timed(call, device) for _ in range(rounds))
+def curves(device: str, *, small: bool = False) -> list[dict[str, Any]]:
+    """Every point: {"curve", "x", "name", "ours_s", "peer_s", "ours_bytes", "peer_bytes"}."""
+    base = replace(BASE, source=32, target=16, tokens=64, vocabulary=512) if small else BASE
+    points = [_point(*entry, device) for entry in _grid(base, small)]
+    if device == "cpu":
+        points += _threads(base, small)
+        points += _examples((8, 16) if small else (32, 128, 512))
+    return points
 
 
-def by_tokens(device: torch.device, counts: Sequence[int]) -> list[Point]:
-    """Label cosine, forward and backward, against materialised logits."""
-    points = []
-    for tokens in counts:
-        row = label_cosine(Shapes(tokens=tokens), device)
-        points.append(
-            {
-                "tokens": tokens,
-                "ours_seconds": median_time(row.ours, device),
-                "ours_bytes": peak_bytes(row.ours, device),
-                "torch_seconds": median_time(row.peers["torch logits"], device, 1),
-                "torch_bytes": peak_bytes(row.peers["torch logits"], device),
-            }
+def _grid(base: Sizes, small: bool) -> Iterator[tuple[str, int, str, Sizes]]:
+    for factor in (1, 2) if small else (1, 4, 16):
+        yield "tokens", base.tokens * factor, "label cosine", replace(
+            base, tokens=base.tokens * factor
         )
-    return points
-
-
-def by_vocabulary(device: torch.device, sizes: Sequence[int]) -> list[Point]:
-    """Building the map once, and aligning 4,096 tokens with it."""
-    points = []
-    for vocabulary in sizes:
-        source = SemanticBasis.from_weight(randn(vocabulary, 512, seed=0, device=device))
-        target = SemanticBasis.from_weight(randn(vocabulary, 256, seed=1, device=device))
-        hidden = randn(4096, 512, seed=2, device=device)
-
-        def build(source: SemanticBasis = source, target: SemanticBasis = target) -> SemanticMap:
-            return SemanticMap.between(source, target)
-
-        mapping = build()
-        points.append(
-            {
-                "vocabulary": vocabulary,
-                "map_seconds": median_time(build, device, 1),
-                "align_seconds": median_time(
-                    lambda mapping=mapping, hidden=hidden: mapping(hidden), device
-                ),
-            }
+    for factor in (1, 2) if small else (1, 2, 4, 8):
+        size = base.vocabulary if small else 32768
+        for name in ("label cosine", "align"):
+            yield "vocabulary", size * factor, name, replace(base, vocabulary=size * factor)
+    widths = ((16, 8), (32, 16)) if small else ((1024, 512), (2048, 1024), (5120, 4096))
+    for source, target in widths:
+        tokens = base.tokens if small else 256
+        yield "width", target, "align", replace(
+            base, source=source, target=target, tokens=tokens, vocabulary=32000 if not small else 512
         )
-        gc.collect()
-    return points
+    for rows in (64, 128) if small else (1024, 2048, 4096):
+        yield "width", rows, "inject", replace(base, inject=(rows, rows * 11 // 4))
 
 
-def by_width(device: torch.device, widths: Sequence[int]) -> list[Point]:
-    """The label cosine for heads of growing width, V = 32,000."""
-    points = []
-    for width in widths:
-        row = label_cosine(Shapes(narrow=width, tokens=1024), device)
-        points.append({"width": width, "ours_seconds": median_time(row.ours, device, 3)})
-        del row
-        gc.collect()
-    return points
+def _point(curve: str, x: int, name: str, sizes: Sizes, device: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    builder = {"align": align, "label cosine": label_cosine, "inject": inject}[name]
+    case = builder(sizes, torch.device(device))
+    case.seconds, case.error = 0.4, None
+    first = next(iter(case.peers))
+    case.peers = {first: case.peers[first]}
+    return _of(measure(case), curve, x, case)
 
 
-def by_threads(device: torch.device) -> list[Point]:
-    """Aligning 4,096 tokens and their label cosine with 1, 2, ... threads."""
-    from pkt_fast import losses
-
-    available = torch.get_num_threads()
-    head = frozen_head(32_000, 512, 1, device)
-    hidden = randn(4096, 512, seed=2, device=device)
-    labels = torch.randint(0, 32_000, (4096,), device=device)
-    call = with_gradient(lambda h: losses.label_cosine(h, head, labels), hidden)
-    points = []
-    for threads in range(1, available + 1):
-        torch.set_num_threads(threads)
-        points.append({"threads": threads, "label_cosine_seconds": median_time(call, device)})
-    torch.set_num_threads(available)
-    return points
-
-
-def by_examples(counts: Sequence[int], width: int = 1024, tokens: int = 128) -> list[Point]:
-    """Anonymous memory while a directory store is written and read back, example by example."""
-    points = []
-    for examples in counts:
-        with tempfile.TemporaryDirectory() as directory:
-            gc.collect()
-            before = status_bytes("RssAnon")
-            peak = before
-
-            def fill(store: Any, examples: int = examples) -> None:
-                nonlocal peak
-                for _ in range(examples):
-                    store.append({"rows": torch.randn(tokens, width)})
-                    peak = max(peak, status_bytes("RssAnon"))
-
-            store = StorePlace(Path(directory), 0).filled(
-                "source",
-                [tokens] * examples,
-                range(examples),
-                {"rows": (width, torch.float32)},
-                {"examples": examples},
-                fill,
-            )
-            for example in range(examples):
-                store.rows("rows", [example])
-                peak = max(peak, status_bytes("RssAnon"))
-            points.append(
-                {
-                    "examples": examples,
-                    "store_bytes": store.num_bytes,
-                    "extra_anonymous_bytes": peak - before,
-                }
-            )
-    return points
-
-
-def run(device: torch.device, quick: bool) -> dict[str, list[Point]]:
-    """All curves."""
-    small = quick
+def _of(row: dict[str, Any], curve: str, x: int, case: Case) -> dict[str, Any]:
+    name, peer = next(iter(case.peers.items()))
+    theirs = {} if isinstance(peer, Missing) else row["peers"][name]
     return {
-        "tokens": by_tokens(device, [16, 32] if small else [512, 1024, 2048, 4096]),
-        "vocabulary": by_vocabulary(
-            device, [500, 1000] if small else [32_000, 64_000, 128_000, 256_000]
-        ),
-        "width": by_width(device, [32, 64] if small else [256, 512, 1024, 2048]),
-        "threads": by_threads(device),
-        "examples": by_examples([2, 4] if small else [250, 500, 1000, 2000], 64 if small else 1024),
+        "curve": curve,
+        "x": x,
+        "name": case.name,
+        "peer": name,
+        "ours_s": row["ours"]["median_s"],
+        "peer_s": theirs.get("median_s"),
+        "ours_bytes": row["ours"].get("peak_bytes"),
+        "peer_bytes": theirs.get("peak_bytes"),
     }
 
 
-def plot(curves: dict[str, list[Point]], path: str) -> None:
-    """One panel a curve."""
-    import matplotlib
+def _threads(base: Sizes, small: bool) -> Iterator[dict[str, Any]]:
+    most = torch.get_num_threads()
+    try:
+        for threads in sorted({1, most}):
+            torch.set_num_threads(threads)
+            for name in ("align", "label cosine"):
+                yield _point("threads", threads, name, base, "cpu")
+    finally:
+        torch.set_num_threads(most)
 
+
+def _examples(counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Peak memory of a transfer with a directory store, each in a process of its own."""
+    for count in counts:
+        with tempfile.TemporaryDirectory() as directory:
+            code = (
+                "from pathlib import Path; from benchmarks.end_to_end import store_memory; "
+                f"print('bytes', store_memory(Path({directory!r}) / 'store', {count}))"
+            )
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+        grown = next(line for line in done.stdout.splitlines() if line.startswith("bytes "))
+        yield {
+            "curve": "examples", "x": count, "name": "transfer, directory store", "peer": None,
+            "ours_s": None, "peer_s": None, "ours_bytes": int(grown.split()[1]), "peer_bytes": None,
+        }
+
+
+def plot(points: list[dict[str, Any]], directory: Path, stem: str) -> list[Path]:
+    """One PNG of all curves; nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return []
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3.2))
-    for axis, (name, points) in zip(axes, curves.items(), strict=True):
-        xs = [point[name] for point in points]
-        for key in points[0]:
-            if key == name or ("bytes" in key and name != "examples"):
-                continue
-            axis.plot(xs, [point[key] for point in points], marker="o", label=key)
-        axis.set_xlabel(name)
-        axis.set_ylabel("bytes" if name == "examples" else "seconds")
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
+    keys = list(dict.fromkeys((p["curve"], p["name"]) for p in points))
+    figure, axes = pyplot.subplots(2, len(keys), figsize=(3.2 * len(keys), 6), squeeze=False)
+    for column, (curve, name) in enumerate(keys):
+        chosen = [p for p in points if (p["curve"], p["name"]) == (curve, name)]
+        for row, unit in enumerate(("s", "bytes")):
+            axis = axes[row][column]
+            for side, label in (("ours", "pkt_fast"), ("peer", chosen[0]["peer"])):
+                values = [(p["x"], p[f"{side}_{unit}"]) for p in chosen]
+                values = [(x, y) for x, y in values if y]
+                if values:
+                    axis.plot(*zip(*values, strict=True), marker="o", label=label)
+            axis.set(xscale="log", yscale="log", xlabel=curve)
+            axis.set_title(f"{name}: {'seconds' if unit == 's' else 'peak bytes'}", fontsize=8)
+            axis.tick_params(labelsize=6, which="both")
+            if axis.lines:
+                axis.legend(fontsize=6)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    path = directory / f"{stem}.png"
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return [path]
+
+
+def scaling_markdown(points: list[dict[str, Any]]) -> str:
+    """The curves as a table."""
+    from benchmarks.harness import bytes_text, seconds_text
+
+    def seconds(value: float | None) -> str:
+        return "–" if value is None else seconds_text(value)
+
+    lines = ["| curve | at | what | ours | peer | memory ours | memory peer |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {p['curve']} | {p['x']:,} | {p['name']} | {seconds(p['ours_s'])} | "
+        f"{seconds(p['peer_s'])} | {bytes_text(p['ours_bytes'])} | {bytes_text(p['peer_bytes'])} |"
+        for p in points
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,29 +1,40 @@
-"""The building blocks under pytest-benchmark: ``pytest benchmarks/``.
+"""Single operations under pytest-benchmark: ``pytest benchmarks/`` runs ours and every peer.
 
-Small shapes by default; ``PKT_FAST_BENCH_FULL=1`` takes those of the design's targets.
+Small shapes by default; ``PKT_FAST_BENCH=full pytest benchmarks/`` takes the design's shapes.
 """
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+pytest.importorskip("pytest_benchmark")
 
-from benchmarks.micro import QUICK, ROWS, Shapes
+from benchmarks import micro
+from benchmarks.harness import Missing
 
-SHAPES = Shapes() if os.environ.get("PKT_FAST_BENCH_FULL") == "1" else QUICK
+SIZES = micro.FULL if os.environ.get("PKT_FAST_BENCH") == "full" else micro.SMALL
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("build", ROWS, ids=lambda build: build.__name__)
-def test_row(build, benchmark):
-    row = build(SHAPES, DEVICE)
-    benchmark.extra_info["limit"] = row.limit_name
-    benchmark(row.ours)
-    if row.error is not None:
-        assert row.error < 1e-2
+@pytest.mark.parametrize("name", micro.BUILDERS)
+def test_ours(benchmark, name):
+    torch.manual_seed(0)
+    case = micro.BUILDERS[name](SIZES, DEVICE)
+    benchmark.group = name
+    if case.error is not None:
+        assert case.error() < 1e-2
+    benchmark.pedantic(case.ours, rounds=3, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("name", micro.BUILDERS)
+def test_peers(benchmark, name):
+    torch.manual_seed(0)
+    case = micro.BUILDERS[name](SIZES, DEVICE)
+    benchmark.group = name
+    calls = [call for call in case.peers.values() if not isinstance(call, Missing)]
+    if not calls:
+        pytest.skip("; ".join(map(str, case.peers.values())))
+    benchmark.pedantic(calls[0], rounds=3, warmup_rounds=1)
