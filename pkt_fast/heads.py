@@ -65,7 +65,7 @@ def gram_root(gram: Tensor) -> GramRoot:
     width = gram.shape[0]
     cutoff = 4 * width * torch.finfo(torch.float64).eps
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    if not failed and _reciprocal_condition(gram, factor) > 4 * cutoff:
+    if not failed and reciprocal_condition(gram, factor) > 4 * cutoff:
         return GramRoot(factor, torch.cholesky_inverse(factor, upper=True), width)
     values, vectors = torch.linalg.eigh(gram)
     keep = values > cutoff * values[-1].clamp_min(0)
@@ -78,7 +78,7 @@ def gram_root(gram: Tensor) -> GramRoot:
     )
 
 
-def _reciprocal_condition(gram: Tensor, factor: Tensor) -> float:
+def reciprocal_condition(gram: Tensor, factor: Tensor) -> float:
     """λ_min/λ_max of G by power iteration on G and, through its Cholesky factor, on G⁻¹."""
     start = torch.ones(gram.shape[0], 1, dtype=gram.dtype, device=gram.device)
     start[1::2] = -0.5

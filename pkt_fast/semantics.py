@@ -23,11 +23,18 @@ from torch import Tensor, nn
 from ._files import atomic_file
 from .anatomy import Anatomy
 from .errors import ConfigError, DataError, NumericsError, VocabularyError
-from .heads import gram_root, row_blocks, streamed_gram
+from .heads import gram_root, reciprocal_condition, row_blocks, streamed_gram
 from .ops import align_rows
 from .vocabulary import SharedVocabulary, match_vocabularies
 
 Recompose = Literal["frame", "dual", "logit"]
+_VECTOR_ROWS = 1024
+_FLOAT32_CONDITION = 2.0**-12
+"""λ_min/λ_max of G above which float32 products W·G⁻¹ are right to 1e-5: cond(W) below 64."""
+
+_SMALLEST_NORM = 1e-12
+"""Rows this much shorter than the average one are worked out in float64: their squares vanish."""
+
 LINEAR_RECOMPOSITIONS: tuple[str, ...] = ("frame", "dual", "logit")
 
 
@@ -84,9 +91,30 @@ class SemanticBasis:
     def vectors(self) -> Tensor:
         """S (V, D): one unit vector per vocabulary label; the only attribute of the head's size."""
         vectors = torch.empty(self.weight.shape, dtype=self.dtype, device=self.weight.device)
-        for rows in row_blocks(len(vectors)):
-            vectors[rows] = self.unit_vectors(self.weight[rows])
+        if not self._float32_suffices:
+            for rows in row_blocks(len(vectors), _VECTOR_ROWS):
+                vectors[rows] = self.unit_vectors(self.weight[rows])
+            return vectors
+        # Unit rows do not depend on the scale of G⁻¹: chosen so that an average row comes out near 1.
+        length = self.gram.diagonal().sum().div(len(vectors)).sqrt()
+        inverse = (self.inverse / (self.inverse.diagonal().mean() * length)).to(self.dtype)
+        for rows in row_blocks(len(vectors), _VECTOR_ROWS):
+            head_rows, block = self.weight[rows], vectors[rows]
+            torch.mm(head_rows.to(self.dtype), inverse, out=block)
+            norms = block.norm(dim=1, keepdim=True)
+            short = (norms < _SMALLEST_NORM)[:, 0]
+            block.div_(norms)
+            if short.any():
+                block[short] = self.unit_vectors(head_rows[short]).to(self.dtype)
         return vectors
+
+    @property
+    def _float32_suffices(self) -> bool:
+        return (
+            self.dtype == torch.float32
+            and self.rank == len(self.gram)
+            and reciprocal_condition(self.gram, self.factor) > _FLOAT32_CONDITION
+        )
 
     def unit_vectors(self, head_rows: Tensor) -> Tensor:
         """Rows of S, in float64, for rows (v, D) of the head."""

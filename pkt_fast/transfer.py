@@ -462,10 +462,10 @@ class _Run:
 
     def _release_source(self) -> None:
         """Let go of a source this run loaded itself; move a borrowed one off the GPU."""
+        self.source_base = None
         if self.owns_source:
             self.source = nn.Module()
-        self.source_base = None
-        gc.collect()
+            gc.collect()
         if self.device.type == "cuda":
             self.source.to("cpu")
             torch.cuda.empty_cache()
