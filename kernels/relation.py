@@ -30,9 +30,9 @@ from ._common import (
     row_major,
 )
 
-_BLOCK_T = 64  # tokens of a tile; fixed, because the launch counts tiles per sequence
-_TILES = [(64, 8, 2), (32, 4, 2)]  # channels; warps; stages
-_CHANNELS, _TOKENS = 128, 32
+_BLOCK_T = 32  # tokens of a tile; fixed, because the launch counts tiles per sequence
+_TILES = [(16, 4, 2), (32, 4, 1)]  # channels; warps; stages
+_CHANNELS, _TOKENS = 256, 32
 
 
 @triton.jit
@@ -44,15 +44,15 @@ def _mean_kernel(
     block = tl.program_id(1)
     col = block * BLOCK_D + tl.arange(0, BLOCK_D)
     start = tl.load(Starts + sequence)
-    end = tl.load(Starts + sequence + 1)
-    share = 1.0 / tl.maximum(end - start, 1).to(tl.float32)
+    tokens = (tl.load(Starts + sequence + 1) - start).to(tl.int32)
+    X += start * stride
+    share = 1.0 / tl.maximum(tokens, 1).to(tl.float32)
     mean = tl.zeros((BLOCK_D,), tl.float32)
     largest = tl.zeros((BLOCK_D,), tl.float32)
-    for t in range(start, end, BLOCK_T):
+    for t in range(0, tokens, BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
-        mask = (token < end)[:, None] & (col < width)[None, :]
-        at = tl.cast(token, tl.int64)[:, None] * stride + col[None, :]
-        x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+        mask = (token < tokens)[:, None] & (col < width)[None, :]
+        x = tl.load(X + token[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
         mean += tl.sum(x * share, 0)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
     tl.store(Mean + sequence * width + col, mean, mask=col < width)
@@ -60,12 +60,11 @@ def _mean_kernel(
 
 
 @triton.jit
-def _centred(X, Mean, first, end, scale, col, width, stride, BLOCK_T: tl.constexpr):
-    """s·(x − mean) of a tile of tokens and channels; 0 outside."""
+def _centred(X, Mean, first, tokens, scale, col, width, stride, BLOCK_T: tl.constexpr):
+    """s·(x − mean) of a tile of a sequence's tokens and channels; 0 outside."""
     token = first + tl.arange(0, BLOCK_T)
-    mask = (token < end)[:, None] & (col < width)[None, :]
-    at = tl.cast(token, tl.int64)[:, None] * stride + col[None, :]
-    x = tl.load(X + at, mask=mask, other=0.0).to(tl.float32)
+    mask = (token < tokens)[:, None] & (col < width)[None, :]
+    x = tl.load(X + token[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
     mean = tl.load(Mean + col, mask=col < width, other=0.0)
     return tl.where(mask, (x - mean[None, :]) * scale, 0.0)
 
@@ -76,7 +75,7 @@ def _gram_tile(
     Mean,
     row,
     column,
-    end,
+    tokens,
     scale,
     width,
     stride,
@@ -88,10 +87,42 @@ def _gram_tile(
     gram = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     for k in range(0, width, BLOCK_K):
         col = k + tl.arange(0, BLOCK_K)
-        a = _centred(X, Mean, row, end, scale, col, width, stride, BLOCK_T)
-        b = _centred(X, Mean, column, end, scale, col, width, stride, BLOCK_T)
+        a = _centred(X, Mean, row, tokens, scale, col, width, stride, BLOCK_T)
+        b = _centred(X, Mean, column, tokens, scale, col, width, stride, BLOCK_T)
         gram = tl.dot(a, tl.trans(b), gram, input_precision=PRECISION)
     return gram
+
+
+@triton.jit
+def _add_product(
+    Out,
+    gram,
+    X,
+    Mean,
+    first,
+    row,
+    column,
+    tokens,
+    scale,
+    width,
+    stride,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Out[row block] += gram·Xc[column block]; the first column block overwrites."""
+    token = row + tl.arange(0, BLOCK_T)
+    # What the previous column block wrote is read again below.
+    tl.debug_barrier()
+    for d in range(0, width, BLOCK_K):
+        col = d + tl.arange(0, BLOCK_K)
+        x = _centred(X, Mean, column, tokens, scale, col, width, stride, BLOCK_T)
+        at = (first + token)[:, None] * width + col[None, :]
+        mask = (token < tokens)[:, None] & (col < width)[None, :]
+        again = tl.full((BLOCK_K,), 0, tl.int32) + column > 0
+        total = tl.load(Out + at, mask=mask & again[None, :], other=0.0)
+        total = tl.dot(gram, x, total, input_precision=PRECISION)
+        tl.store(Out + at, total, mask=mask)
 
 
 @autotune(
@@ -127,42 +158,38 @@ def _relation_kernel(
     if sequence >= sequences:
         return
     start = tl.load(Starts + sequence)
-    end = tl.load(Starts + sequence + 1)
-    row = start + (tile - tl.load(FirstTile + sequence)) * BLOCK_T
+    tokens = (tl.load(Starts + sequence + 1) - start).to(tl.int32)
+    row = (tile - tl.load(FirstTile + sequence)).to(tl.int32) * BLOCK_T
+    X += start * stride_x
+    Y += start * stride_y
     scale_x = tl.load(ScaleX + sequence)
     scale_y = tl.load(ScaleY + sequence)
     MeanX += sequence * width_x
     MeanY += sequence * width_y
-    token = row + tl.arange(0, BLOCK_T)
     cross = tl.zeros((BLOCK_T,), tl.float32)
     of_x = tl.zeros((BLOCK_T,), tl.float32)
     of_y = tl.zeros((BLOCK_T,), tl.float32)
-    for column in range(start, end, BLOCK_T):
-        kx = _gram_tile(
-            X, MeanX, row, column, end, scale_x, width_x, stride_x, PRECISION, BLOCK_T, BLOCK_K
-        )
+    for column in range(0, tokens, BLOCK_T):
+        # One Gram tile after the other: as operands of a product both at once fill the registers.
         ky = _gram_tile(
-            Y, MeanY, row, column, end, scale_y, width_y, stride_y, PRECISION, BLOCK_T, BLOCK_K
+            Y, MeanY, row, column, tokens, scale_y, width_y, stride_y, PRECISION, BLOCK_T, BLOCK_K
         )
-        cross += tl.sum(kx * ky, 1)
-        of_x += tl.sum(kx * kx, 1)
         of_y += tl.sum(ky * ky, 1)
         if OfInner is not None:
-            # The rows written below are read again for the next column of tiles.
-            tl.debug_barrier()
-            for d in range(0, width_x, BLOCK_K):
-                col = d + tl.arange(0, BLOCK_K)
-                x = _centred(X, MeanX, column, end, scale_x, col, width_x, stride_x, BLOCK_T)
-                at = tl.cast(token, tl.int64)[:, None] * width_x + col[None, :]
-                mask = (token < end)[:, None] & (col < width_x)[None, :]
-                again = tl.full((BLOCK_K,), 0, tl.int64) + (column - start) > 0
-                seen = mask & again[None, :]
-                inner = tl.load(OfInner + at, mask=seen, other=0.0)
-                norm = tl.load(OfNorm + at, mask=seen, other=0.0)
-                inner += tl.dot(ky, x, input_precision=PRECISION)
-                norm += tl.dot(kx, x, input_precision=PRECISION)
-                tl.store(OfInner + at, inner, mask=mask)
-                tl.store(OfNorm + at, norm, mask=mask)
+            _add_product(
+                OfInner, ky, X, MeanX, start, row, column, tokens, scale_x, width_x, stride_x,
+                PRECISION, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
+        kx = _gram_tile(
+            X, MeanX, row, column, tokens, scale_x, width_x, stride_x, PRECISION, BLOCK_T, BLOCK_K
+        )
+        of_x += tl.sum(kx * kx, 1)
+        cross += tl.sum(kx * ky, 1)
+        if OfNorm is not None:
+            _add_product(
+                OfNorm, kx, X, MeanX, start, row, column, tokens, scale_x, width_x, stride_x,
+                PRECISION, BLOCK_T, BLOCK_K,
+            )  # fmt: skip
     plane = tl.cast(tl.num_programs(0), tl.int64)
     tl.store(Partial + tile, tl.sum(cross, 0))
     tl.store(Partial + plane + tile, tl.sum(of_x, 0))
