@@ -33,7 +33,7 @@ class Setup:
     batch_size: int
 
 
-FULL = Setup((512, 24), (384, 12), 32000, 96, 5, 32)
+FULL = Setup((384, 12), (256, 6), 32000, 64, 5, 32)
 SMALL = Setup((64, 4), (48, 2), 1200, 12, 2, 6)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pkt_fast
-from benchmarks.harness import Case, Missing
+from benchmarks.harness import Call, Case, Missing
 from pkt_fast import ops, reference
 from pkt_fast.attribution import attribute
 from pkt_fast.capture import capture
@@ -66,13 +66,16 @@ def _heads(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     return source, torch.randn(sizes.vocabulary, sizes.target, device=device)
 
 
-def _gemm(n: int, k: int, m: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
-    x, w = torch.randn(n, k, device=device, dtype=dtype), torch.randn(k, m, device=device, dtype=dtype)
+def _gemm(
+    n: int, k: int, m: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Call:
+    x = torch.randn(n, k, device=device, dtype=dtype)
+    w = torch.randn(k, m, device=device, dtype=dtype)
     out = torch.empty(n, m, device=device, dtype=dtype)
     return lambda: torch.mm(x, w, out=out)
 
 
-def _copy(size: int, device: torch.device) -> Any:
+def _copy(size: int, device: torch.device) -> Call:
     x = torch.ones(size // 8, dtype=torch.int64, device=device)
     y = torch.empty_like(x)
     return lambda: y.copy_(x)
@@ -153,7 +156,9 @@ def _liger() -> Any | None:
 NO_LIGER = Missing("pip install liger-kernel")
 
 
-def _liger_label_cosine(weight: Tensor, labels: Tensor, dummy: Tensor) -> Callable[[Tensor], Tensor]:
+def _liger_label_cosine(
+    weight: Tensor, labels: Tensor, dummy: Tensor
+) -> Callable[[Tensor], Tensor]:
     """Liger's chunked cosine with the labels' one-hots where it would have the teacher's logits."""
     from liger_kernel.chunked_loss.cosine_similarity_loss import (
         LigerFusedLinearCosineSimilarityFunction as Function,
@@ -201,8 +206,8 @@ def label_cosine(sizes: Sizes, device: torch.device) -> Case:
         lambda: relative(ours(), peer()),
         {"torch logits": 60, "Liger chunked cosine": 60},
         note="Liger has no cosine to labels: its function runs with one-hots in the place of the "
-        "teacher's logits and a teacher of width 1; it also takes the head's gradient, which cannot "
-        "be turned off. The head's statistics are computed once a head and not in our time",
+        "teacher's logits and a teacher of width 1; it also takes the head's gradient, which "
+        "cannot be turned off. The head's statistics are computed once a head and not in our time",
     )
 
 
@@ -279,8 +284,8 @@ def linear_kl(sizes: Sizes, device: torch.device) -> Case:
         {"torch logits": peer, "Liger chunked JSD (β=0)": liger},
         {"three N×V GEMMs": lambda: [call() for call in gemms]},
         lambda: relative(ours(), peer()),
-        note="a divergence needs every logit: the limit, not the vocabulary, is what remains. Liger "
-        "also takes the head's gradient, which cannot be turned off",
+        note="a divergence needs every logit: the limit, not the vocabulary, is what remains. "
+        "Liger also takes the head's gradient, which cannot be turned off",
     )
 
 
@@ -458,7 +463,8 @@ def model_capture(sizes: Sizes, device: torch.device) -> Case:
     whole, headless = peer(model), peer(model.model)
     return Case(
         "capture a model",
-        f"{sizes.model_layers} layers × {sizes.model_width}, {mask.numel():,} tokens, half kept, float32",
+        f"{sizes.model_layers} layers × {sizes.model_width}, {mask.numel():,} tokens, half kept, "
+        "float32",
         ours,
         {"output_hidden_states=True": whole, "the same without the head": headless},
         {"forward without capture": lambda: _plain_forward(model.model, batch)},
@@ -501,7 +507,8 @@ def model_attribution(sizes: Sizes, device: torch.device) -> Case:
 
     return Case(
         "attribute a model",
-        f"{sizes.model_layers} layers × {sizes.model_width}, {batch.input_ids.numel():,} tokens, float32",
+        f"{sizes.model_layers} layers × {sizes.model_width}, {batch.input_ids.numel():,} tokens, "
+        "float32",
         ours,
         {"Captum": peer},
         error=None if isinstance(peer, Missing) else lambda: relative(ours().cpu(), peer().cpu()),

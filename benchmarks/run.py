@@ -1,9 +1,10 @@
 """Run the suite: operations, whole transfers, scaling curves; JSON, Markdown and a plot.
 
-    pkt-fast bench                                     # everything, printed
-    pkt-fast bench --output benchmarks/results         # and written
-    pkt-fast bench --small                             # tiny shapes, seconds: does it run at all?
-    python benchmarks/run.py --update-readme benchmarks/results/cpu.json
+    pkt-fast bench --json benchmarks/results/cpu.json          # everything; also cpu.md, cpu.png
+    pkt-fast bench micro --only align                          # rows of single operations
+    pkt-fast bench --small                                     # tiny shapes: does it run at all?
+    pkt-fast bench compare OLD.json NEW.json                   # what became slower
+    python benchmarks/run.py --update-readme FILE.json         # put the table into README.md
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,25 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # so that this file also runs as a script
 
-from benchmarks import end_to_end, micro, scaling  # noqa: E402
+from benchmarks import compare_results, end_to_end, micro, scaling  # noqa: E402
 from benchmarks.harness import markdown, measure  # noqa: E402
 from pkt_fast._files import write_json  # noqa: E402
 from pkt_fast.report import machine, versions  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-PARTS = ("micro", "end_to_end", "scaling")
+PARTS = ("micro", "transfer", "scaling")
 
 
 def run(
-    parts: Sequence[str], device: str, *, small: bool = False, only: str = "", seconds: float = 0
+    parts: Sequence[str],
+    device: str,
+    *,
+    small: bool = False,
+    only: str = "",
+    seconds: float = 0,
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure ``parts``; the result is what the JSON file holds."""
+    """Measure ``parts``; the result is what the JSON file holds.  ``keep`` gets it after each."""
     started = time.time()
     result: dict[str, Any] = {
         "format": 1,
@@ -42,6 +49,7 @@ def run(
         "small": small,
         "machine": machine(),
         "load_before": list(os.getloadavg()),
+        "load_after": None,
         "versions": versions(),
         "rows": [],
         "scaling": [],
@@ -51,13 +59,15 @@ def run(
             case.seconds = seconds or case.seconds
             result["rows"].append(measure(case))
             print(markdown(result["rows"][-1:]).split("\n", 2)[2], end="", flush=True)
-    if "end_to_end" in parts and device == "cpu":
+        keep(result)
+    if "transfer" in parts and device == "cpu":
         result["rows"] += end_to_end.measure_all(end_to_end.SMALL if small else end_to_end.FULL)
+        keep(result)
     if "scaling" in parts:
         result["scaling"] = scaling.curves(device, small=small)
-    return result | {
-        "load_after": list(os.getloadavg()), "seconds": round(time.time() - started, 1)
-    }
+    result["load_after"] = list(os.getloadavg())
+    result["seconds"] = round(time.time() - started, 1)
+    return result
 
 
 def document(result: Mapping[str, Any]) -> str:
@@ -128,33 +138,38 @@ def update_readme(result: Mapping[str, Any], readme: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["compare"]:
+        return compare_results.main(argv[1:])
     parser = argparse.ArgumentParser(prog="pkt-fast bench", description=__doc__.splitlines()[0])
+    parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS, "compare"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", default="", help="rows of operations whose name contains this")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of " + ",".join(PARTS))
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument("--seconds", type=float, default=0, help="time to spend on each operation")
-    parser.add_argument("--output", type=Path, help="directory for JSON, Markdown and plot")
-    parser.add_argument("--name", default="", help="file name without suffix (the device)")
+    parser.add_argument("--json", type=Path, help="file to write, with .md and .png beside it")
     parser.add_argument("--update-readme", type=Path, metavar="JSON", help="no run: fill README")
     args = parser.parse_args(argv)
     if args.update_readme:
         result = json.loads(args.update_readme.read_text(encoding="utf-8"))
         update_readme(result, ROOT / "README.md")
         return 0
-    parts = args.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"--parts: {', '.join(sorted(unknown))}; choose of {', '.join(PARTS)}")
+    path: Path | None = args.json
+
+    def keep(result: dict[str, Any]) -> None:
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, result)
+
+    parts = PARTS if args.part == "all" else (args.part,)
     result = run(
-        parts, args.device, small=args.small, only=args.only, seconds=args.seconds
+        parts, args.device, small=args.small, only=args.only, seconds=args.seconds, keep=keep
     )
     print(document(result))
-    if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        stem = args.name or args.device
-        write_json(args.output / f"{stem}.json", result)
-        (args.output / f"{stem}.md").write_text(document(result), encoding="utf-8")
-        scaling.plot(result["scaling"], args.output, stem)
+    keep(result)
+    if path:
+        path.with_suffix(".md").write_text(document(result), encoding="utf-8")
+        scaling.plot(result["scaling"], path.with_suffix(".png"))
     return 0
 
 

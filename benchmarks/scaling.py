@@ -43,7 +43,7 @@ def _grid(base: Sizes, small: bool) -> Iterator[tuple[str, int, str, Sizes]]:
     for source, target in widths:
         tokens = base.tokens if small else 256
         yield "width", target, "align", replace(
-            base, source=source, target=target, tokens=tokens, vocabulary=32000 if not small else 512
+            base, source=source, target=target, tokens=tokens
         )
     for rows in (64, 128) if small else (1024, 2048, 4096):
         yield "width", rows, "inject", replace(base, inject=(rows, rows * 11 // 4))
@@ -104,12 +104,14 @@ def _examples(counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
         }
 
 
-def plot(points: list[dict[str, Any]], directory: Path, stem: str) -> list[Path]:
-    """One PNG of all curves; nothing without matplotlib."""
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    """One picture of all curves; nothing without points or matplotlib."""
     try:
         import matplotlib
     except ImportError:
-        return []
+        return
+    if not points:
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -130,10 +132,8 @@ def plot(points: list[dict[str, Any]], directory: Path, stem: str) -> list[Path]
             if axis.lines:
                 axis.legend(fontsize=6)
     figure.tight_layout()
-    path = directory / f"{stem}.png"
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
-    return [path]
 
 
 def scaling_markdown(points: list[dict[str, Any]]) -> str:
@@ -143,7 +143,10 @@ def scaling_markdown(points: list[dict[str, Any]]) -> str:
     def seconds(value: float | None) -> str:
         return "–" if value is None else seconds_text(value)
 
-    lines = ["| curve | at | what | ours | peer | memory ours | memory peer |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| curve | at | what | ours | peer | memory ours | memory peer |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {p['curve']} | {p['x']:,} | {p['name']} | {seconds(p['ours_s'])} | "
         f"{seconds(p['peer_s'])} | {bytes_text(p['ours_bytes'])} | {bytes_text(p['peer_bytes'])} |"
