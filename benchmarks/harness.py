@@ -28,6 +28,31 @@ Call = Callable[[], Any]
 SHORTEST_SAMPLE = 2e-3
 MOST_ROUNDS = 15
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = CLOCKS["wall"]
+
+
+def use_clock(name: str) -> None:
+    """Time with the "wall" clock, or with "cpu": seconds this process computes, on one thread.
+
+    CPU seconds of one thread do not grow when other programs take the machine's time, as wall time
+    does, and as the CPU seconds of threads that wait for each other do.
+    """
+    global _clock
+    _clock = CLOCKS[name]
+    if name == "cpu":
+        torch.set_num_threads(1)
+
+
+def clock_name() -> str:
+    """The clock in use."""
+    return next(name for name, clock in CLOCKS.items() if clock is _clock)
+
+
+def now() -> float:
+    """Seconds on the clock in use."""
+    return _clock()
+
 
 class Missing(str):
     """Why a peer cannot run here, in place of its call."""
@@ -70,11 +95,11 @@ def synchronize() -> None:
 def seconds_of(call: Call, repeats: int = 1) -> float:
     """Seconds of one call, averaged over ``repeats`` in a row."""
     synchronize()
-    start = time.perf_counter()
+    start = now()
     for _ in range(repeats):
         call()
     synchronize()
-    return (time.perf_counter() - start) / repeats
+    return max(now() - start, 1e-9) / repeats
 
 
 def peak_bytes(call: Call) -> int | None:
@@ -231,10 +256,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{name} {seconds_text(limit['median_s'])}" for name, limit in row["limits"].items()
         )
         ratios = "; ".join(f"{ratio:.2f}" for ratio in row["of_limit"].values())
-        targets = "; ".join(
-            f"{t['what']}: {'not measured' if t['met'] is None else 'met' if t['met'] else 'missed'}"
-            for t in row["targets"]
-        )
+        verdicts = {None: "not measured", True: "met", False: "missed"}
+        targets = "; ".join(f"{t['what']}: {verdicts[t['met']]}" for t in row["targets"])
         for number, (name, peer) in enumerate(row["peers"].items()):
             first = number == 0
             what = f"**{row['name']}**, {row['shape']}" if first else ""

@@ -23,11 +23,19 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))  # so that this file also runs as a script
 
 from benchmarks import compare_results, end_to_end, micro, scaling  # noqa: E402
-from benchmarks.harness import markdown, measure  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    CLOCKS,
+    clock_name,
+    markdown,
+    measure,
+    seconds_text,
+    use_clock,
+)
 from pkt_fast._files import write_json  # noqa: E402
 from pkt_fast.report import machine, versions  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+CPU_TIMES = "CPU seconds on one thread, as the machine did other work at the same time"
 PARTS = ("micro", "transfer", "scaling")
 
 
@@ -47,6 +55,7 @@ def run(
         "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)),
         "device": device,
         "small": small,
+        "clock": clock_name(),
         "machine": machine(),
         "load_before": list(os.getloadavg()),
         "load_after": None,
@@ -80,7 +89,7 @@ def document(result: Mapping[str, Any]) -> str:
         f"{described['cpu_capability']}, device {result['device']}, torch "
         f"{result['versions']['torch']}, {result['date']} UTC; load average before "
         f"{result['load_before'][0]:.1f}, after {result['load_after'][0]:.1f}.",
-        "",
+        *([f"Times are {CPU_TIMES}.", ""] if result["clock"] == "cpu" else [""]),
         markdown(result["rows"]),
     ]
     notes = [
@@ -102,13 +111,12 @@ def readme_table(result: Mapping[str, Any]) -> str:
         f"Measured on {described['cores']} cores of {described['cpu']} "
         f"({described['cpu_capability']}), torch {result['versions']['torch']}, "
         f"{result['date'][:10]}, load average {result['load_before'][0]:.1f} before the run, by "
-        "`pkt-fast bench`; all rows, peers and spreads are in `benchmarks/results`.",
+        "`pkt-fast bench`; all rows, peers and spreads are in `benchmarks/results`."
+        + (f" Times are {CPU_TIMES}." if result["clock"] == "cpu" else ""),
         "",
         "| what | ours | peer | faster | ours / limit | targets |",
         "|---|---|---|---|---|---|",
     ]
-    from benchmarks.harness import seconds_text
-
     for row in result["rows"]:
         name = next(iter(row["peers"]))
         peer = row["peers"][name]
@@ -116,7 +124,8 @@ def readme_table(result: Mapping[str, Any]) -> str:
         faster = f"{row['speedups'][name]:.1f}x" if name in row["speedups"] else "–"
         limit = next((f"{r:.2f} ({n})" for n, r in row["of_limit"].items()), "–")
         targets = "; ".join(
-            f"{t['what']} {'met' if t['met'] else 'missed'}" for t in row["targets"]
+            f"{t['what']} {'met' if t['met'] else 'missed'}"
+            for t in row["targets"]
             if t["met"] is not None
         )
         lines.append(
@@ -146,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--only", default="", help="rows of operations whose name contains this")
     parser.add_argument("--small", action="store_true", help="tiny shapes")
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall",
+        help="cpu: CPU seconds on one thread, for a machine that does other work as well",
+    )
     parser.add_argument("--seconds", type=float, default=0, help="time to spend on each operation")
     parser.add_argument("--json", type=Path, help="file to write, with .md and .png beside it")
     parser.add_argument("--update-readme", type=Path, metavar="JSON", help="no run: fill README")
@@ -154,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = json.loads(args.update_readme.read_text(encoding="utf-8"))
         update_readme(result, ROOT / "README.md")
         return 0
+    use_clock(args.clock)
     path: Path | None = args.json
 
     def keep(result: dict[str, Any]) -> None:

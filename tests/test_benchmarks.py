@@ -117,6 +117,7 @@ def test_readme_is_filled_between_its_markers(tmp_path):
     result = {
         "machine": {"cpu": "c", "cores": 2, "cpu_capability": "AVX2", "torch_threads": 2},
         "versions": {"torch": "2"}, "date": "2026-01-01 00:00", "load_before": [0.1, 0, 0],
+        "clock": "wall",
         "rows": [harness.measure(fake_case())],
     }
     readme = tmp_path / "README.md"
