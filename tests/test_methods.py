@@ -132,10 +132,13 @@ def test_settings_survive_a_round_trip(method):
 def test_presets():
     assert TransferConfig.make(preset="paper") == TransferConfig()
     best = TransferConfig.make(preset="best", layer_weight=1.0)
-    assert (best.output_loss, best.recompose, best.layer_weight) == ("kl", "dual", 1.0)
-    history = transfer(*pair(), preset="best", epochs=3).history
-    assert {"layer_loss", "output_loss"} <= set(history[0])
-    assert history[-1]["layer_loss"] < history[0]["layer_loss"]
+    assert (best.output_loss, best.recompose, best.layer_weight) == ("kl", "fitted", 1.0)
+    history = transfer(*pair(), preset="best", epochs=3, layers=[1]).history
+    assert {"layer_loss", "output_loss", "label_loss"} <= set(history[0])
+    assert history[-1]["label_loss"] < history[0]["label_loss"]
+    source, target = pair()
+    changed = transfer(source, target, preset="best", epochs=1, source_base=pair()[0])
+    assert changed.history[0]["layer_loss"] == 0  # an unchanged source asks for nothing
 
 
 def test_sft_and_kd_mix():
