@@ -358,6 +358,7 @@ def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
     why = {
         "native": "C++ kernel" if compiled else "library matrix products",
         "triton": "fused kernel",
+        "cuda": "CUDA kernel of the extension",
         "reference": "no kernel for it",
     }
     cpu, cuda = why[devices["cpu"]], why[devices["cuda"]]
