@@ -11,6 +11,8 @@ entry before anything is squared: no finite row overflows or vanishes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from ._blocks import accumulation_dtype, floor_norm, no_float64, row_blocks, tim
 from ._registry import dispatch, implementation, triton_implementation
 
 IGNORE_INDEX = reference.IGNORE_INDEX
-PANEL = 128
+SMALLEST_PANEL, LARGEST_PANEL = 128, 512
 LABEL_BLOCK_BYTES = 4 << 20
 
 
@@ -202,13 +204,18 @@ def _logit_gradient(
 
 
 def upper_times(x: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
-    """x·factor, or x·factorᵀ when ``transposed``, skipping the zeros below the diagonal."""
+    """x·factor, or x·factorᵀ when ``transposed``, skipping the zeros below the diagonal.
+
+    By panels of a quarter of the columns, 5/8 of the full product; narrower ones cost more in small
+    products than they save.
+    """
     size = factor.shape[0]
-    if size <= 2 * PANEL:
+    panel = min(max(size // 4, SMALLEST_PANEL), LARGEST_PANEL)
+    if size <= 2 * panel:
         return x @ (factor.T if transposed else factor)
     out = torch.empty_like(x)
-    for start in range(0, size, PANEL):
-        end = min(start + PANEL, size)
+    for start in range(0, size, panel):
+        end = min(start + panel, size)
         if transposed:
             torch.mm(x[:, start:], factor[start:end, start:].T, out=out[:, start:end])
         else:
@@ -233,7 +240,7 @@ def _label_cosine_blocks(
         label = labels[rows]
         index = label.clamp_min(0)
         h = hidden[rows].to(dtype)
-        scale = floor_norm(h.abs().amax(-1))
+        scale = floor_norm(torch.linalg.vector_norm(h, math.inf, dim=-1))
         if bias is not None:
             scale = scale.clamp_min(1.0)
         inverse = 1 / scale
