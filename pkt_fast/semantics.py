@@ -95,7 +95,7 @@ class SemanticBasis:
             for rows in row_blocks(len(vectors), _VECTOR_ROWS):
                 vectors[rows] = self.unit_vectors(self.weight[rows])
             return vectors
-        # Unit rows do not depend on the scale of G⁻¹: chosen so that an average row comes out near 1.
+        # Unit rows do not depend on the scale of G⁻¹: chosen so that an average row is near 1.
         length = self.gram.diagonal().sum().div(len(vectors)).sqrt()
         inverse = (self.inverse / (self.inverse.diagonal().mean() * length)).to(self.dtype)
         for rows in row_blocks(len(vectors), _VECTOR_ROWS):
