@@ -65,6 +65,7 @@ def versions() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
+    found["torch"] = str(torch.__version__)  # names the build (+cpu, +cu130); metadata may not
     return found
 
 
