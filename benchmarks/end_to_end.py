@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 import pkt_fast
-from benchmarks.harness import judged, now, peak_bytes
+from benchmarks.harness import judged, now, peak_anonymous_bytes, peak_bytes
 from benchmarks.micro import random_llama
 from benchmarks.peer_transfer import transfer_plainly
 from pkt_fast.data import encode
@@ -152,17 +151,17 @@ def measure_all(setup: Setup) -> list[dict[str, Any]]:
 
 
 def store_memory(directory: Path, count: int, vocabulary: int = 1200) -> int:
-    """Anonymous-memory growth of a transfer of ``count`` examples with a directory store, bytes."""
+    """Bytes of anonymous memory that a transfer with a directory store takes at its peak."""
     rows, _ = rows_of(16)
     tokenizer = byte_pair_tokenizer(rows, vocabulary)
     many = [rows[i % len(rows)] for i in range(count)]
     source, target = random_llama(192, 4, vocabulary), random_llama(128, 2, vocabulary)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    pkt_fast.transfer(
-        source, target, many, tokenizer=tokenizer, progress=False, layers=[1], epochs=1,
-        batch_size=8, micro_batch_size=8, store=str(directory), device="cpu",
+    return peak_anonymous_bytes(
+        lambda: pkt_fast.transfer(
+            source, target, many, tokenizer=tokenizer, progress=False, layers=[1], epochs=1,
+            batch_size=8, micro_batch_size=8, store=str(directory), device="cpu",
+        )
     )
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import ctypes
 import gc
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,6 +121,26 @@ def peak_bytes(call: Call) -> int | None:
     before = _status("VmRSS")
     call()
     return max(0, _status("VmHWM") - before)
+
+
+def peak_anonymous_bytes(call: Call) -> int:
+    """Growth of anonymous memory during ``call``, sampled; mapped files are not counted."""
+    before = peak = _status("RssAnon")
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, _status("RssAnon"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        call()
+    finally:
+        done.set()
+        watcher.join()
+    return peak - before
 
 
 def _status(name: str) -> int:

@@ -48,7 +48,7 @@ def run(
     seconds: float = 0,
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Measure ``parts``; the result is what the JSON file holds.  ``keep`` gets it after each."""
+    """Measure ``parts``; the result is what the JSON file holds.  ``keep`` gets it as it grows."""
     started = time.time()
     result: dict[str, Any] = {
         "format": 1,
@@ -68,7 +68,7 @@ def run(
             case.seconds = seconds or case.seconds
             result["rows"].append(measure(case))
             print(markdown(result["rows"][-1:]).split("\n", 2)[2], end="", flush=True)
-        keep(result)
+            keep(result)
     if "transfer" in parts and device == "cpu":
         result["rows"] += end_to_end.measure_all(end_to_end.SMALL if small else end_to_end.FULL)
         keep(result)
