@@ -126,9 +126,13 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
                 values = [(x, y) for x, y in values if y]
                 if values:
                     axis.plot(*zip(*values, strict=True), marker="o", label=label)
-            axis.set(xscale="log", yscale="log", xlabel=curve)
+            if curve == "examples":  # meant to be flat: a logarithm would hide that
+                axis.set(xlabel=curve, ylim=(0, 1.2 * max(p["ours_bytes"] or 1 for p in chosen)))
+            else:
+                axis.set(xscale="log", yscale="log", xlabel=curve)
             axis.set_title(f"{name}: {'seconds' if unit == 's' else 'peak bytes'}", fontsize=8)
             axis.tick_params(labelsize=6, which="both")
+            axis.set_visible(bool(axis.lines))
             if axis.lines:
                 axis.legend(fontsize=6)
     figure.tight_layout()
