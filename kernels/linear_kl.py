@@ -27,7 +27,7 @@ from ._common import (
 from ._heads import label_chunks, operands, product_tile, tanh, workspace_dtype
 
 # Rows, labels, channels; warps; stages.
-_TILES = [(64, 128, 64, 8, 2), (64, 64, 64, 8, 3), (64, 64, 32, 4, 3)]
+_TILES = [(64, 128, 64, 8, 2), (64, 64, 64, 8, 3), (64, 64, 32, 8, 3)]
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
