@@ -36,7 +36,7 @@ from ._heads import label_chunks, operands, product_tile, row_scale, tanh, works
 
 _IGNORED = tl.constexpr(IGNORE_INDEX)
 _BLOCK_M = 128  # channels of an output tile; fixed: every tuned tile writes the same partials
-_TILES = [(128, 32, 8, 3), (64, 32, 4, 2)]  # rows, depth; warps; stages
+_TILES = [(128, 32, 8, 3), (64, 32, 8, 3), (64, 32, 4, 2)]  # rows, depth; warps; stages
 _CAP_TILES = [(128, 128, 64, 8, 3), (64, 64, 32, 4, 3)]
 _ROWS, _CHANNELS = 4, 512
 
@@ -575,7 +575,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     def linear(dtype: torch.dtype, kernel: str) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
-        n, k, warps, stages = _TILES[-1]
+        n, k, warps, stages = _TILES[1 if wide else -1]
         hip = target.backend == "hip"
         precision = target.dot_precision if wide or hip else "tf32"
         constexprs = {
