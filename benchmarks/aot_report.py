@@ -345,7 +345,7 @@ def _demangled(names: Sequence[str]) -> list[str]:
 def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
     """One row per CUDA kernel in the extension; empty when it was built without nvcc.
 
-    All of them write in bulk, to weights or across the bus to the host, hence ``bulk_store``.
+    All of them move bytes, from weights or activations to weights or across the bus to the host.
     """
     if b".nv_fatbin" not in extension.read_bytes():
         return []
@@ -355,7 +355,10 @@ def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
         (key for key in usage if key[0] in archs), key=lambda key: (key[1], archs.index(key[0]))
     )
     return [
-        Row(name, key[0], "nvcc", bulk_store=True, **read_usage(usage[key]), **read_sass(sass[key]))
+        Row(
+            name, key[0], "nvcc", kind="bytes", bulk_store=True,
+            **read_usage(usage[key]), **read_sass(sass[key]),
+        )  # fmt: skip
         for key, name in zip(keys, _demangled([mangled for _, mangled in keys]), strict=True)
     ]
 
