@@ -358,7 +358,7 @@ def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
         Row(
             name, key[0], "nvcc", kind="bytes", bulk_store=True,
             **read_usage(usage[key]), **read_sass(sass[key]),
-        )  # fmt: skip
+        )
         for key, name in zip(keys, _demangled([mangled for _, mangled in keys]), strict=True)
     ]
 
