@@ -7,6 +7,7 @@ same string differently (byte-level "Ġthe", SentencePiece "▁the").
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def match_vocabularies(
         rows = torch.arange(source_rows)
         return SharedVocabulary(rows, rows)
     source = _token_table(source_tokenizer, source_rows)
-    target = _token_table(target_tokenizer, target_rows)
+    alike = source_tokenizer is target_tokenizer and source_rows == target_rows
+    target = source if alike else _token_table(target_tokenizer, target_rows)
     shared = sorted((index, target[token]) for token, index in source.items() if token in target)
     smaller = min(len(source), len(target))
     needed = min(max(MINIMUM_SHARED, int(MINIMUM_FRACTION * smaller)), max(1, smaller // 2))
@@ -122,9 +124,8 @@ def _byte_alphabet() -> dict[str, int]:
 def _spelling(token: str, byte_level: bool) -> bytes:
     """The bytes a token stands for, the same for byte-level and SentencePiece spellings."""
     if byte_level:
-        alphabet = _byte_alphabet()
-        if all(character in alphabet for character in token):
-            return bytes(alphabet[character] for character in token)
+        with contextlib.suppress(KeyError):  # a character outside the alphabet: not byte-level
+            return bytes(map(_byte_alphabet().__getitem__, token))
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace("▁", " ").encode()
