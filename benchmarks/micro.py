@@ -1,13 +1,13 @@
 """The rows of single operations: what is measured, beside what, on which shapes.
 
-``cases(sizes, device)`` builds them one at a time, so that inputs of one row are gone before the
+``build(name, sizes, device)`` makes one at a time, so that inputs of one row are gone before the
 next.  :data:`FULL` are the shapes of the design's table, :data:`SMALL` run in seconds anywhere.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch.nn import functional as F
 import pkt_fast
 from benchmarks.harness import Call, Case, Missing
 from pkt_fast import ops, reference
+from pkt_fast.anatomy import HeadTransform
 from pkt_fast.attribution import attribute
 from pkt_fast.capture import capture
 from pkt_fast.data import Batch
-from pkt_fast.heads import head_statistics
+from pkt_fast.objectives import FrozenHead, Rows, logit_cosine_term
+from pkt_fast.phases import HEAD
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,12 @@ FULL = Sizes(32000, 1024, 512, 4096, 8192, 4096, (4096, 11008), 512, 12, (8, 256
 SMALL = Sizes(1536, 64, 48, 128, 128, 128, (96, 160), 32, 3, (2, 24), 0.02)
 
 
-def cases(sizes: Sizes, device: str = "cpu", only: str = "") -> Iterator[Case]:
-    """Every row whose name contains ``only``, built when it is asked for."""
-    for name, build in BUILDERS.items():
-        if only in name:
-            torch.manual_seed(0)
-            case = build(sizes, torch.device(device))
-            case.seconds = sizes.seconds
-            yield case
+def build(name: str, sizes: Sizes, device: str = "cpu") -> Case:
+    """The row ``name``, with inputs of its own."""
+    torch.manual_seed(0)
+    case = BUILDERS[name](sizes, torch.device(device))
+    case.seconds = sizes.seconds
+    return case
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -215,15 +215,13 @@ def logit_cosine(sizes: Sizes, device: torch.device) -> Case:
     source, target = _heads(sizes, device)
     hidden_t = torch.randn(sizes.tokens, sizes.target, device=device)
     hidden_s = torch.randn(sizes.tokens, sizes.source, device=device)
-    cross = target.T @ source
-    root_t, root_s = head_statistics(target).factor, head_statistics(source).factor
     labels = torch.zeros(sizes.tokens, dtype=torch.int64, device=device)
-
-    def value(x: Tensor) -> Tensor:
-        inner = (x * (hidden_s @ cross.T)).sum(1)
-        return 1 - (inner / ((x @ root_t.T).norm(dim=1) * (hidden_s @ root_s.T).norm(dim=1))).mean()
-
-    ours = _with_gradient(value, hidden_t)
+    starts = torch.tensor([0, sizes.tokens], device=device)
+    plain = HeadTransform(1.0, 0.0, False, True)
+    term = logit_cosine_term(FrozenHead(target, None, plain), FrozenHead(source, None, plain))
+    ours = _with_gradient(
+        lambda x: term(Rows({}, x, labels, starts, {HEAD: hidden_s})).mean(), hidden_t
+    )
     teacher = hidden_s @ source.T
 
     def logits(x: Tensor) -> Tensor:
@@ -484,6 +482,16 @@ def model_attribution(sizes: Sizes, device: torch.device) -> Case:
     def ours() -> Tensor:
         return attribute(model, [batch], interface="mlp")
 
+    def least() -> Tensor:
+        model.requires_grad_(False)
+        embedded = model.get_input_embeddings()(batch.input_ids).requires_grad_()
+        hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        keep = batch.supervised
+        loss = F.cross_entropy(model.lm_head(hidden[keep]), batch.targets[keep])
+        (gradient,) = torch.autograd.grad(loss, embedded)
+        model.requires_grad_(True)
+        return gradient
+
     peer: Any = Missing("pip install captum")
     if importlib.util.find_spec("captum"):
         from captum.attr import LayerGradientXActivation
@@ -511,7 +519,10 @@ def model_attribution(sizes: Sizes, device: torch.device) -> Case:
         "float32",
         ours,
         {"Captum": peer},
-        error=None if isinstance(peer, Missing) else lambda: relative(ours().cpu(), peer().cpu()),
+        {"one forward, one input gradient": least},
+        None if isinstance(peer, Missing) else lambda: relative(ours().cpu(), peer().cpu()),
+        note="the limit is the loss of the supervised rows and its gradient at the embeddings, "
+        "parameters frozen",
     )
 
 
