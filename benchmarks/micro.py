@@ -23,6 +23,7 @@ from pkt_fast.attribution import attribute
 from pkt_fast.capture import capture
 from pkt_fast.data import Batch
 from pkt_fast.objectives import FrozenHead, Rows, logit_cosine_term
+from pkt_fast.ops._gemm import choice, product
 from pkt_fast.phases import HEAD
 
 
@@ -73,6 +74,16 @@ def _gemm(
     w = torch.randn(k, m, device=device, dtype=dtype)
     out = torch.empty(n, m, device=device, dtype=dtype)
     return lambda: torch.mm(x, w, out=out)
+
+
+def _own_gemms(
+    name: str, device: torch.device, *shapes: tuple[int, int, int]
+) -> dict[str, Call]:
+    """A limit of bare products by our own kernel; none where the library multiplies."""
+    if device.type != "cpu" or not choice().own:
+        return {}
+    operands = [(torch.randn(n, k), torch.randn(k, m), torch.empty(n, m)) for n, k, m in shapes]
+    return {f"{name}, own kernel": lambda: [product(x, w, out=o) for x, w, o in operands]}
 
 
 def _copy(size: int, device: torch.device) -> Call:
@@ -126,7 +137,8 @@ def align(sizes: Sizes, device: torch.device) -> Case:
         f"{sizes.tokens:,} tokens {sizes.source}→{sizes.target}, V={sizes.vocabulary:,} float32",
         ours,
         {"the paper's two steps": peer},
-        {"bare GEMM": _gemm(sizes.tokens, sizes.source, sizes.target, device)},
+        {"bare GEMM": _gemm(sizes.tokens, sizes.source, sizes.target, device)}
+        | _own_gemms("bare GEMM", device, (sizes.tokens, sizes.source, sizes.target)),
         lambda: relative(ours(), peer()),
         {"the paper's two steps": 80},
         1 / 0.9,
@@ -202,7 +214,8 @@ def label_cosine(sizes: Sizes, device: torch.device) -> Case:
         f"forward + backward, {sizes.tokens:,}×{sizes.target}, V={sizes.vocabulary:,} float32",
         ours,
         {"torch logits": peer, "Liger chunked cosine": liger},
-        {"two D×D GEMMs": lambda: (gemm(), gemm())},
+        {"two D×D GEMMs": lambda: (gemm(), gemm())}
+        | _own_gemms("two D×D GEMMs", device, *[(sizes.tokens, sizes.target, sizes.target)] * 2),
         lambda: relative(ours(), peer()),
         {"torch logits": 60, "Liger chunked cosine": 60},
         note="Liger has no cosine to labels: its function runs with one-hots in the place of the "

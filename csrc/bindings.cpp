@@ -111,6 +111,15 @@ void inject(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
   pkt::kernels().inject(job);
 }
 
+void gemm(std::uintptr_t out, std::int64_t out_stride, bool wide, std::int64_t rows,
+          std::int64_t columns, std::int64_t depth, const FactorArgs& left, const FactorArgs& right,
+          int right_part, bool upper, bool accumulate, bool unit_rows, int threads) {
+  pkt::Gemm job{writable(out), out_stride, rows,  columns,    depth,     factor(left),
+                factor(right), wide,       right_part, upper, accumulate, unit_rows, threads};
+  py::gil_scoped_release unlocked;
+  pkt::kernels().gemm(job);
+}
+
 #if defined(PKT_HAVE_CUDA)
 
 void raise_on(const char* failure) {
@@ -187,10 +196,12 @@ PYBIND11_MODULE(_native, m) {
   check_wanted_isa();
   m.def("build_info", &build_info, "compiler, isas (compiled), isa (in use), openmp, cuda_archs");
   m.def("isa_available", &pkt::isa_available);
+  m.def("vendor", &pkt::vendor, "who made the processor: intel, amd or other");
   m.def("capture_rows", &capture_rows);
   m.def("grad_x_act", &grad_x_act);
   m.def("row_cosine", &row_cosine);
   m.def("inject", &inject);
+  m.def("gemm", &gemm);
 #if defined(PKT_HAVE_CUDA)
   m.def("inject_cuda", &inject_cuda);
   m.def("capture_rows_pinned", &capture_rows_pinned);

@@ -81,16 +81,38 @@ struct Inject {
   int threads;
 };
 
+// Which part of a square matrix may be other than zero.
+enum Part : int { kWhole = 0, kUpper = 1, kLower = 2 };
+
+// out (rows, columns) = left (rows, depth)·right (depth, columns), in double when wide, else in
+// float; operands of another dtype are converted as they are packed.  No size is zero.
+struct Gemm {
+  void* out;  // contiguous rows of float or double
+  int64_t out_stride;
+  int64_t rows, columns, depth;
+  Factor left, right;
+  bool wide;
+  int right_part;   // a Part; right is square when it is not kWhole
+  bool upper;       // only elements on and above the diagonal of out are wanted
+  bool accumulate;  // out += left·right
+  bool unit_rows;   // each row of left is divided by its norm; not together with accumulate
+  int threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*capture_rows)(const CaptureRows&);
   void (*grad_x_act)(const GradXAct&);
   void (*row_cosine)(const RowCosine&);
   void (*inject)(const Inject&);
+  void (*gemm)(const Gemm&);
 };
 
 // The kernels for the best instruction set of this machine, or for the one named in PKT_FAST_ISA.
 const Kernels& kernels();
+
+// Who made the processor: "intel", "amd" or "other".
+const char* vendor();
 
 // Whether this machine runs the named instruction set and the extension was compiled for it.
 bool isa_available(const char* isa);

@@ -350,13 +350,15 @@ def _build() -> dict[str, Any]:
 
 def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
     """Who serves ``op`` on "cpu" and "cuda", and why."""
+    from .ops._gemm import choice
     from .ops._registry import native_module, triton_available
 
     native = native_module()
     functions = [] if native is None else [n for n in dir(native) if not n.startswith("_")]
     compiled = any(op.startswith(name) for name in functions)
+    products = "own" if choice().own else "library"
     why = {
-        "native": "C++ kernel" if compiled else "library matrix products",
+        "native": "C++ kernel" if compiled else f"{products} matrix products",
         "triton": "fused kernel",
         "cuda": "CUDA kernel of the extension",
         "reference": "no kernel for it",

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import NumericsError
+from .ops._gemm import gram as own_gram
+from .ops._gemm import serves
 
 BLOCK_ROWS = 4096
 """Vocabulary rows converted to float64 at a time: the only temporary that grows with D alone."""
@@ -31,8 +33,11 @@ def row_blocks(count: int, block: int = BLOCK_ROWS) -> Iterator[slice]:
 def streamed_gram(weight: Tensor) -> Tensor:
     """G = WᵀW (D, D) in float64, streamed over V; symmetric to the bit.
 
-    Only the block-upper triangle is multiplied (5/8 of the full product with four column blocks).
+    Only the upper triangle is multiplied by our own kernel, which converts as it packs; by the
+    library the block-upper one (5/8 of the full product with four column blocks).
     """
+    if serves(weight.T, weight):
+        return own_gram(weight)
     width = weight.shape[1]
     gram = torch.zeros(width, width, dtype=torch.float64, device=weight.device)
     columns = list(row_blocks(width, max(1, -(-width // _COLUMN_BLOCKS))))

@@ -19,6 +19,7 @@ import torch
 
 from ._files import atomic_file
 from .ops import served_by
+from .ops._gemm import choice
 
 PACKAGES = ("pkt-fast", "torch", "transformers", "peft", "triton", "safetensors", "numpy")
 
@@ -77,12 +78,19 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "matrix_products": matrix_products(),
     }
     if torch.cuda.is_available():
         described["gpus"] = [
             torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
         ]
     return described
+
+
+def matrix_products() -> str:
+    """Who multiplies float32 and float64 matrices on the CPU, and why."""
+    made = choice()
+    return f"{'own kernel' if made.own else 'library'}: {made.reason}"
 
 
 def _cpu_name() -> str:

@@ -25,6 +25,7 @@ from .anatomy import Anatomy
 from .errors import ConfigError, DataError, NumericsError, VocabularyError
 from .heads import gram_root, reciprocal_condition, row_blocks, streamed_gram
 from .ops import align_rows
+from .ops._gemm import product, serves
 from .vocabulary import SharedVocabulary, match_vocabularies
 
 Recompose = Literal["frame", "dual", "logit"]
@@ -100,7 +101,10 @@ class SemanticBasis:
         inverse = (self.inverse / (self.inverse.diagonal().mean() * length)).to(self.dtype)
         for rows in row_blocks(len(vectors), _VECTOR_ROWS):
             head_rows, block = self.weight[rows], vectors[rows]
-            torch.mm(head_rows.to(self.dtype), inverse, out=block)
+            if serves(head_rows, inverse):
+                product(head_rows, inverse, out=block)
+            else:
+                torch.mm(head_rows.to(self.dtype), inverse, out=block)
             norms = block.norm(dim=1, keepdim=True)
             short = (norms < _SMALLEST_NORM)[:, 0]
             block.div_(norms)

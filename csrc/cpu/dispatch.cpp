@@ -10,6 +10,7 @@
   void grad_x_act(const GradXAct&);       \
   void row_cosine(const RowCosine&);      \
   void inject(const Inject&);             \
+  void gemm(const Gemm&);                 \
   }
 
 namespace pkt {
@@ -21,7 +22,7 @@ PKT_DECLARE(baseline)
 namespace {
 
 #define PKT_KERNELS(isa) \
-  Kernels { #isa, isa::capture_rows, isa::grad_x_act, isa::row_cosine, isa::inject }
+  Kernels { #isa, isa::capture_rows, isa::grad_x_act, isa::row_cosine, isa::inject, isa::gemm }
 
 // Best first.
 const Kernels kCompiled[] = {
@@ -64,6 +65,14 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const char* vendor() {
+#if defined(PKT_HAVE_avx512) || defined(PKT_HAVE_avx2)
+  if (__builtin_cpu_is("intel")) return "intel";
+  if (__builtin_cpu_is("amd")) return "amd";
+#endif
+  return "other";
 }
 
 bool isa_available(const char* isa) {

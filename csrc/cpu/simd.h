@@ -318,7 +318,11 @@ PKT_INLINE void stream_fence() {
 
 // ---------------------------------------------------------------------- vectors of double
 
-#if defined(__GNUC__)
+#if defined(PKT_ISA_avx512)
+typedef double DoubleLanes __attribute__((vector_size(64)));
+constexpr int kDoubleLanes = 8;
+PKT_INLINE double& lane(DoubleLanes& r, int i) { return reinterpret_cast<double*>(&r)[i]; }
+#elif defined(__GNUC__)
 typedef double DoubleLanes __attribute__((vector_size(32)));
 constexpr int kDoubleLanes = 4;
 PKT_INLINE double& lane(DoubleLanes& r, int i) { return reinterpret_cast<double*>(&r)[i]; }
@@ -337,9 +341,15 @@ PKT_INLINE F64 operator-(F64 a, F64 b) { return {a.r - b.r}; }
 PKT_INLINE F64 operator*(F64 a, F64 b) { return {a.r * b.r}; }
 PKT_INLINE F64 fma(F64 a, F64 b, F64 c) { return {a.r * b.r + c.r}; }
 PKT_INLINE F64 splat(double x) {
+#if defined(PKT_ISA_avx512)
+  return {_mm512_set1_pd(x)};
+#elif defined(PKT_ISA_avx2)
+  return {_mm256_set1_pd(x)};
+#else
   F64 a;
   for (int i = 0; i < F64::width; ++i) lane(a.r, i) = x;
   return a;
+#endif
 }
 PKT_INLINE F64 abs(F64 a) {
   for (int i = 0; i < F64::width; ++i) lane(a.r, i) = std::fabs(lane(a.r, i));

@@ -2,9 +2,11 @@
 
     y = M·x/‖x‖:    ∂x = (g̃ − x̂·(x̂·g̃))/‖x‖  with  g̃ = Mᵀ·g,      ∂M = gᵀ·x̂
 
-On the CPU this is one library GEMM whose result is divided in place.  16-bit operands are
-multiplied as such where the CPU can (then the rows are scaled first, or small ones would lose
-digits in the 16-bit product) and in float32 elsewhere, which is several times faster there.
+On the CPU this is one GEMM.  Our own kernel, where it serves (:mod:`pkt_fast.ops._gemm`), takes the
+norms of a block of rows before it packs them and divides as it stores.  Otherwise the library's
+result is divided in place.  16-bit operands are multiplied as such where the CPU can (then the rows
+are scaled first, or small ones would lose digits in the 16-bit product) and in float32 elsewhere,
+which is several times faster there.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..errors import ShapeError
+from ._gemm import product, serves
 from ._registry import dispatch, implementation, triton_implementation
 
 _library = torch.library.Library("pkt_fast", "FRAGMENT")
@@ -193,6 +196,8 @@ def _multiplies(dtype: torch.dtype) -> bool:
 @implementation("align_rows", "native")
 def _align_rows_native(hidden: Tensor, matrix: Tensor, normalize: bool) -> Tensor:
     hidden, matrix, dtype = hidden.detach(), matrix.detach(), hidden.dtype
+    if (dtype.itemsize > 2 or not _multiplies(dtype)) and serves(hidden, matrix.T):
+        return product(hidden, matrix.T, unit_rows=normalize).to(dtype)
     inverse = _inverse_norms(hidden) if normalize else None
     if dtype.itemsize == 2 and _multiplies(dtype):
         if inverse is not None:

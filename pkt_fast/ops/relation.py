@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ShapeError
-from ._blocks import accumulation_dtype, floor_norm, no_float64
+from ._blocks import accumulation_dtype, floor_norm, no_float64, times, times_transpose
 from ._registry import dispatch, implementation, triton_implementation
 
 
@@ -143,18 +143,18 @@ def _relation_sequences(
         cy, size_y = _centred(y[start:end].to(inner.dtype))
         by_token = end - start <= max(cx.shape[1], cy.shape[1])
         if by_token:
-            gram_x, gram_y = cx @ cx.T, cy @ cy.T
+            gram_x, gram_y = times_transpose(cx, cx), times_transpose(cy, cy)
             dot = torch.linalg.vecdot(gram_x.flatten(), gram_y.flatten())
         else:
-            gram_x, gram_y, cross = cx.T @ cx, cy.T @ cy, cy.T @ cx
+            gram_x, gram_y, cross = times(cx.T, cx), times(cy.T, cy), times(cy.T, cx)
             dot = torch.linalg.vecdot(cross.flatten(), cross.flatten())
         length = torch.linalg.vector_norm(gram_x)
         inner[s] = (dot * size_x * size_x * size_y * size_y).clamp_max(limit)
         norm_x[s] = (length * size_x * size_x).clamp_max(limit)
         norm_y[s] = (torch.linalg.vector_norm(gram_y) * size_y * size_y).clamp_max(limit)
         if want_gradient:
-            slope_inner = gram_y @ cx if by_token else cy @ cross
-            slope_norm = gram_x @ cx if by_token else cx @ gram_x
+            slope_inner = times(gram_y, cx) if by_token else times(cy, cross)
+            slope_norm = times(gram_x, cx) if by_token else times(cx, gram_x)
             factor = (2 * size_x * size_y * size_y).clamp_max(limit)
             torch.mul(slope_inner, factor, out=of_inner[start:end])
             torch.mul(slope_norm, 2 * size_x / floor_norm(length), out=of_norm[start:end])
