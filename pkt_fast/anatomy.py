@@ -71,6 +71,17 @@ class Tap:
 
     module: nn.Module
     _reader: Callable[[tuple[Any, ...], Mapping[str, Any], Any], TapValue] = field(repr=False)
+    _index: int | None = None
+
+    def returned(self, output: Any) -> Tensor:
+        """The tensor that :meth:`read` takes its value from, as the module returned it.
+
+        It stands in the autograd graph of what follows also where :meth:`read` copies or reshapes
+        it.
+        """
+        if self._index is not None:
+            return cast(Tensor, output[self._index])
+        return cast(Tensor, output if isinstance(output, Tensor) else output[0])
 
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> TapValue:
         """The activation of this call; the live tensors unless the block overwrites them later."""
@@ -401,7 +412,7 @@ def _tap_source(block: nn.Module, source: _Source) -> Tap:
             minus = None if minus is None else minus.clone()
         return TapValue(value, minus, source.scale)
 
-    tap = Tap(block.get_submodule(source.path), read)
+    tap = Tap(block.get_submodule(source.path), read, source.index)
     if source.flat:
 
         def learn_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
-from .anatomy import Anatomy, TapValue
+from .anatomy import Anatomy, Tap
 from .data import IGNORE_INDEX, Batch
 from .errors import ConfigError, DataError, NumericsError
 from .ops import grad_x_act
@@ -67,16 +68,13 @@ def gradient_x_activation(
     device = anatomy.head.weight.device
     batch = batch.to(device)
     with _inference_with_graph(model), torch.enable_grad():
-        with _tapped(anatomy, interface) as values, anatomy.bypass_head() as head_input:
+        with _tapped(anatomy, interface) as tapped, anatomy.bypass_head() as head_input:
             model(**batch.model_inputs(), use_cache=False)
         loss = _summed_mean_losses(anatomy, head_input.hidden, batch)
-        gradients = torch.autograd.grad(loss, [value.value for value in values])
+        gradients = torch.autograd.grad(loss, [edge for edge, _ in tapped])
     pairs = [
-        grad_x_act(
-            gradient,
-            value.value.detach() if value.minus is None else (value.value - value.minus).detach(),
-        )
-        for gradient, value in zip(gradients, values, strict=True)
+        grad_x_act(gradient.reshape(activation.shape), activation)
+        for gradient, (_, activation) in zip(gradients, tapped, strict=True)
     ]
     signed = torch.stack([pair[0] for pair in pairs]).double().cpu()
     absolute = torch.stack([pair[1] for pair in pairs]).double().cpu()
@@ -105,9 +103,13 @@ def _summed_mean_losses(anatomy: Anatomy, hidden: Tensor, batch: Batch) -> Tenso
 
 
 @contextlib.contextmanager
-def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[TapValue]]:
-    """Collect, with their graph, the values read at every layer in the forward pass inside."""
-    values: list[TapValue] = []
+def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[tuple[GradientEdge, Tensor]]]:
+    """Collect every layer's activation (B, T, D) in the forward pass inside, and its place in the
+    graph.
+
+    An edge stays right where a block later adds to the tensor in place; a tensor would not.
+    """
+    tapped: list[tuple[GradientEdge, Tensor]] = []
     handles = []
     for layer in range(anatomy.num_layers):
         tap = anatomy.tap(layer, interface)
@@ -117,13 +119,16 @@ def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[TapValue]]:
             args: tuple[Any, ...],
             kwargs: dict[str, Any],
             output: Any,
-            read: Any = tap.read,
+            tap: Tap = tap,
         ) -> None:
-            values.append(read(args, kwargs, output))
+            value = tap.read(args, kwargs, output)
+            # A tap's scale cancels: the gradient at the module has it, the activation has not.
+            activation = value.value if value.minus is None else value.value - value.minus
+            tapped.append((get_gradient_edge(tap.returned(output)), activation.detach()))
 
         handles.append(tap.module.register_forward_hook(hook, with_kwargs=True))
     try:
-        yield values
+        yield tapped
     finally:
         for handle in handles:
             handle.remove()
