@@ -11,15 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import OutputError
 
 
 def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse, before any work is done, an output directory that cannot or must not be written.
 
-    Raises :class:`OutputError` when the path is a file, is not empty without ``overwrite``, or is
-    not writable.
+    Raises :class:`OutputError` when the path is empty or a file, is not empty without
+    ``overwrite``, or is not writable.
     """
+    if not os.fspath(path):
+        raise OutputError("the output directory has an empty name; give a directory")
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"output path {directory} is a file; give a directory")
@@ -27,35 +31,58 @@ def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise OutputError(
             f"output directory {directory} is not empty; choose another or --overwrite"
         )
-    try:
-        parent = directory.absolute().parent
-        parent.mkdir(parents=True, exist_ok=True)
-        probe = tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent)
-        os.rmdir(probe)
-    except OSError as error:
-        raise OutputError(
-            f"output directory {directory} is not writable: {error.strerror}"
-        ) from error
+    os.rmdir(_stage(directory))
     return directory
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory that takes the name ``path`` when the block ends without an
+    """Yield a temporary directory whose contents stand at ``path`` when the block ends without an
     error.
 
     On an error the temporary directory is removed and what stood at ``path`` before is untouched.
     Raises :class:`OutputError` as :func:`check_output_dir`, and when the disk is full.
     """
     final = check_output_dir(path, overwrite)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.absolute().parent))
+    temporary = _stage(final)
     try:
         yield temporary
-        _replace_directory(temporary, final)
+        if temporary.parent == final.absolute():
+            _replace_contents(temporary, final)
+        else:
+            _replace_directory(temporary, final)
     except OSError as error:
         raise OutputError(f"cannot write {final}: {error.strerror or error}") from error
+    except SafetensorError as error:  # how safetensors reports a failed write
+        raise OutputError(f"cannot write {final}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _stage(final: Path) -> Path:
+    """A new temporary directory: beside ``final``, or inside it where it has to keep its place."""
+    absolute = final.absolute()
+    try:
+        absolute.parent.mkdir(parents=True, exist_ok=True)
+        where = absolute if _stays(absolute) else absolute.parent
+        return Path(tempfile.mkdtemp(prefix=f".{absolute.name}.", dir=where))
+    except OSError as error:
+        raise OutputError(f"output directory {final} is not writable: {error.strerror}") from error
+
+
+def _stays(directory: Path) -> bool:
+    """Whether a directory cannot be swapped for another: a mount point, a link, the working
+    directory or one above it, or one whose parent is not ours to change.
+    """
+    if not directory.is_dir():
+        return False
+    real = directory.resolve()
+    return (
+        os.path.ismount(real)
+        or directory.is_symlink()
+        or Path.cwd().is_relative_to(real)
+        or not os.access(directory.parent, os.W_OK)
+    )
 
 
 def _replace_directory(temporary: Path, final: Path) -> None:
@@ -67,6 +94,19 @@ def _replace_directory(temporary: Path, final: Path) -> None:
     os.rename(final, retired / "previous")
     os.rename(temporary, final)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+def _replace_contents(temporary: Path, final: Path) -> None:
+    """Move what is in ``temporary``, a directory inside ``final``, in the place of all else."""
+    for old in final.iterdir():
+        if old.name == temporary.name:
+            continue
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
+    for new in list(temporary.iterdir()):
+        os.rename(new, final / new.name)
 
 
 def _umask() -> int:
