@@ -6,7 +6,9 @@ brings back the exact bits.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import weakref
 from collections.abc import Mapping
@@ -114,10 +116,14 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DeltaError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DeltaError(f"{path} holds a {type(config).__name__}, not an object")
     if config.get("peft_type") != "LORA":
         raise DeltaError(
             f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported"
         )
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise DeltaError(f"{path}: lora_alpha is {config.get('lora_alpha')!r}, not a number")
     for option in ("use_dora", "lora_bias"):
         if config.get(option):
             raise DeltaError(f"{path}: {option} is set; a plain low-rank delta cannot express it")
@@ -194,7 +200,8 @@ class Injection:
         return self.unchanged / max(self.elements, 1)
 
 
-_backups: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, Tensor]]] = (
+# Of every model, one list of (weight, its old bits) for each injection.
+_backups: weakref.WeakKeyDictionary[nn.Module, list[list[tuple[Tensor, Tensor]]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -217,6 +224,8 @@ def inject(
 
     Raises :class:`DeltaError`, before anything is changed, when the delta does not fit the model.
     """
+    if not math.isfinite(scale):
+        raise DeltaError(f"scale={scale!r}: give a finite number")
     base = base_model(model)
     plans = [_plan(base, path, change) for path, change in delta.changes.items()]
     weights = [weight for weight, _, _ in plans]
@@ -231,19 +240,25 @@ def inject(
         stochastic_seed,
     )
     if keep_backup:
-        _backups.setdefault(base, []).extend(zip(weights, backups, strict=True))
+        _backups.setdefault(base, []).append(list(zip(weights, backups, strict=True)))
     return Injection(len(weights), sum(weight.numel() for weight in weights), int(unchanged.sum()))
 
 
 @torch.no_grad()
-def eject(model: nn.Module) -> int:
-    """Undo every :func:`inject` since the last eject, bit for bit; returns the matrices
-    restored.
+def eject(model: nn.Module, *, latest: bool = False) -> int:
+    """Undo every :func:`inject` since the last eject, bit for bit; returns the matrices restored.
+
+    With ``latest``, only the latest one.
     """
-    saved = _backups.pop(base_model(model), [])
-    for weight, backup in reversed(saved):
+    base = base_model(model)
+    injections = _backups.get(base, [])
+    count = min(1, len(injections)) if latest else len(injections)
+    undone = [injections.pop() for _ in range(count)]
+    if not injections:
+        _backups.pop(base, None)
+    for weight, backup in itertools.chain.from_iterable(undone):
         weight.copy_(backup)
-    return len(saved)
+    return sum(map(len, undone))
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -93,6 +93,32 @@ def test_injections_stack_and_scale():
     assert not torch.equal(plain.model.layers[1].mlp.up_proj.weight, original)
 
 
+def test_the_latest_injection_can_be_undone_alone():
+    model = with_adapter("llama")
+    delta = LayerDelta.from_peft(model)
+    model = tiny_model("llama", seed=3)
+    plain = logits(model)
+    assert eject(model, latest=True) == 0
+    inject(model, delta)
+    once = logits(model)
+    inject(model, delta, 0.5)
+    assert eject(model, latest=True) == len(delta.changes)
+    assert torch.equal(logits(model), once)
+    assert eject(model) == len(delta.changes)
+    assert torch.equal(logits(model), plain)
+    assert eject(model) == 0
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_changes_nothing(scale):
+    delta = LayerDelta.from_peft(with_adapter("llama"))
+    model = tiny_model("llama", seed=3)
+    plain = logits(model)
+    with pytest.raises(DeltaError, match="finite"):
+        inject(model, delta, scale)
+    assert torch.equal(logits(model), plain)
+
+
 def test_small_changes_vanish_in_bfloat16_unless_rounding_is_stochastic():
     delta = LayerDelta.from_peft(with_adapter(dtype=torch.bfloat16))
     plain = tiny_model("llama", seed=3).to(torch.bfloat16)
@@ -135,12 +161,16 @@ def test_bad_adapters_are_refused(tmp_path):
     for change, words in [
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
     ]:
         config.write_text(json.dumps({**settings, **change}))
         with pytest.raises(DeltaError, match=words):
             LayerDelta.load(tmp_path / "a")
     config.write_text("{")
     with pytest.raises(DeltaError, match="not JSON"):
+        LayerDelta.load(tmp_path / "a")
+    config.write_text("[]")
+    with pytest.raises(DeltaError, match="holds a list"):
         LayerDelta.load(tmp_path / "a")
     config.write_text(json.dumps(settings))
     (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"junk")

@@ -10,7 +10,7 @@ from models import tiny_model
 from torch.nn import functional as F
 
 from pkt_fast.data import batches, encode
-from pkt_fast.delta import LayerDelta, LowRank
+from pkt_fast.delta import LayerDelta, LowRank, eject, inject
 from pkt_fast.errors import ConfigError, MissingExtraError, NumericsError
 from pkt_fast.evaluation import agreement, evaluate, generate_replies, matches
 from pkt_fast.evaluation.answers import answer_of, reference_reply
@@ -198,6 +198,19 @@ def test_a_delta_is_there_for_the_evaluation_only(tmp_path):
     merged = evaluate(net, ROWS, TOKENIZER, generate=False)
     assert with_delta.next_token_loss == pytest.approx(merged.next_token_loss, rel=1e-5)
     assert with_delta.next_token_loss != pytest.approx(plain.next_token_loss, rel=1e-4)
+
+
+def test_evaluating_a_delta_keeps_what_was_injected_before():
+    net = tiny_model("llama", vocab_size=len(TOKENIZER))
+    path = "model.layers.1.mlp.up_proj"
+    out, into = net.get_submodule(path).weight.shape
+    change = LowRank(torch.randn(2, into), torch.randn(out, 2), 0.1)
+    delta = LayerDelta({path: change}, {"peft_type": "LORA"})
+    inject(net, delta)
+    before = net.get_submodule(path).weight.clone()
+    evaluate(net, ROWS, TOKENIZER, delta=delta, generate=False)
+    assert torch.equal(net.get_submodule(path).weight, before)
+    assert eject(net) == 1
 
 
 def test_training_mode_is_restored():

@@ -73,8 +73,7 @@ def evaluate(
         rows: held-out data, anything :func:`pkt_fast.transfer` takes; None takes the bundled test
             problems.
         tokenizer: None loads the one that lies with the model.
-        delta: an adapter to inject for the time of the evaluation; ejecting it afterwards also
-            ejects what was injected before.
+        delta: an adapter to inject for the time of the evaluation, on top of what is injected.
         max_new_tokens: longest generated reply.
         batch_size: rows a forward pass.
         max_length: longest example, in tokens.
@@ -133,7 +132,7 @@ def injected(model: nn.Module, delta: LayerDelta | str | os.PathLike[str] | None
     try:
         yield
     finally:
-        eject(model)
+        eject(model, latest=True)
 
 
 @contextlib.contextmanager
