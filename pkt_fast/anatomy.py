@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt_fast.errors import ConfigError, ModelError, NumericsError, PktFastError
+from pkt_fast.lending import eager
 
 INTERFACES = ("mlp", "attention", "block", "contribution")
 
@@ -544,6 +545,7 @@ def _probe(model: nn.Module) -> _Structure:
 
 
 def _base_model(model: nn.Module) -> nn.Module:
+    model = eager(model)
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if callable(unwrap) else model
 
@@ -618,7 +620,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state come back afterwards."""
     training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    uncompiled = torch.compiler.set_stance("force_eager")  # compiled calls may skip new hooks
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled:
         model.eval()
         try:
             yield

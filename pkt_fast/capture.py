@@ -175,7 +175,8 @@ def record(
     recorder = _Recorder(Anatomy.of(model), wanted, interface, acts, normalize, dtype)
     handles = recorder.attach()
     try:
-        yield acts
+        with torch.compiler.set_stance("force_eager"):  # compiled calls may skip new hooks
+            yield acts
     finally:
         for handle in handles:
             handle.remove()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .anatomy import Anatomy
+from .data import Example
 from .errors import ConfigError, ModelError
+from .lending import eager
 
 
 def resolve_device(device: str) -> torch.device:
@@ -57,11 +61,10 @@ def load_model(
     could not be loaded.
     """
     if isinstance(model, nn.Module):
-        return model
+        return cast(nn.Module, eager(model))
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = str(model)
-    _check_path(name, role)
+    name = _checked_name(model, role)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -89,10 +92,11 @@ def load_tokenizer(
     """The tokenizer that lies with a model.  Raises :class:`ModelError` when there is none."""
     from transformers import AutoTokenizer
 
-    name = getattr(source, "name_or_path", "") if isinstance(source, nn.Module) else str(source)
-    if not name:
-        raise ModelError(f"the {role} was given as an object without a path: pass tokenizer=")
-    _check_path(name, role)
+    if isinstance(source, nn.Module):
+        source = getattr(source, "name_or_path", "")
+        if not source:
+            raise ModelError(f"the {role} was given as an object without a path: pass tokenizer=")
+    name = _checked_name(source, role)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -136,10 +140,30 @@ def pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
-def _check_path(name: str, role: str) -> None:
+def check_token_ids(model: nn.Module, examples: Sequence[Example], role: str) -> None:
+    """Raise :class:`ModelError` when a token of ``examples`` has no row in the model's tables."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    rows = min(len(embeddings.weight), Anatomy.of(model).vocab_size)
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token id {largest}, the {role} has {rows} tokens: use the "
+            "tokenizer the model was trained with, or resize its embeddings"
+        )
+
+
+def _checked_name(model: Any, role: str) -> str:
+    """A hub id, or the path of a directory that exists."""
+    if not isinstance(model, str | os.PathLike) or not str(model):
+        raise ModelError(f"the {role} is {model!r}; give a model, the path of one, or a hub id")
+    name = str(model)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    if not looks_local:
+        return name
+    path = Path(name).expanduser()
+    if not path.is_dir():
         raise ModelError(f"the {role} {name} does not exist; give a model directory or a hub id")
+    return str(path)
 
 
 def _first_line(error: Exception) -> str:

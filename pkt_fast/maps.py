@@ -22,6 +22,7 @@ from .capture import Wanted
 from .config import ALIGNED_OBJECTIVES, TransferConfig
 from .errors import ConfigError, VocabularyError
 from .fitting import Affine, PairedMoments, fit_procrustes, fit_ridge
+from .lending import lent
 from .ops import align_rows, backend, decompose
 from .pairing import LayerPair
 from .phases import HEAD, AlignedPositions, layer_column, longest_first, run_source
@@ -521,6 +522,6 @@ def diagnose(
     from .transfer import _Run
 
     settings = TransferConfig.make(config, preset, **overrides)
-    with backend(settings.backend):
+    with backend(settings.backend), lent(src, tgt, source_base, kept=None):
         run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
         return run.diagnose()

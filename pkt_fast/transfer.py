@@ -23,7 +23,15 @@ from .config import TransferConfig
 from .data import ExampleSet, encode
 from .delta import LayerDelta
 from .errors import ConfigError, ModelError
-from .loading import load_model, load_tokenizers, pad_token_id, resolve_device, resolve_dtype
+from .lending import lent
+from .loading import (
+    check_token_ids,
+    load_model,
+    load_tokenizers,
+    pad_token_id,
+    resolve_device,
+    resolve_dtype,
+)
 from .maps import (
     FITTED_RECOMPOSITIONS,
     Alignment,
@@ -124,7 +132,8 @@ def transfer(
     Args:
         src: source model, a hub id or a path.
         tgt: target model, a hub id or a path.  A model given as an object is wrapped in place: its
-            LoRA sits in ``result.model``, its own weights do not change.
+            LoRA sits in ``result.model``, its own weights do not change, and after an error it is
+            as it was.  It must not carry an adapter already.
         data: JSONL path, list of rows, or datasets.Dataset; rows are {"messages"}, {"prompt",
             "completion"} or {"text"}.  None takes a small bundled set.
         tokenizer: one for both models, or a pair (source, target); None loads them from the models'
@@ -144,7 +153,7 @@ def transfer(
     settings = TransferConfig.make(config, preset, **overrides)
     if output_dir is not None:
         check_output_dir(output_dir, settings.overwrite)
-    with backend(settings.backend):
+    with backend(settings.backend), lent(src, source_base, kept=tgt):
         run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
         result = run.transfer()
     if output_dir is not None:
@@ -188,10 +197,12 @@ class _Run:
         phases = Phases(progress)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
-        with phases.phase("load", 1):
+        with phases.phase("read data", 1):
             tokenizers = load_tokenizers(
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
             )
+            examples = encode(data, tokenizers[1], max_length=config.max_length, limit=config.limit)
+        with phases.phase("load", 1):
             options: dict[str, Any] = {
                 "dtype": dtype,
                 "trust_remote_code": config.trust_remote_code,
@@ -202,12 +213,14 @@ class _Run:
             if source_base is not None:
                 base = load_model(source_base, role="source_base", **options).eval()
                 _check_base(Anatomy.of(base), Anatomy.of(source))
-        with phases.phase("read data", 1):
-            examples = encode(data, tokenizers[1], max_length=config.max_length, limit=config.limit)
+        _check_unadapted(target)
         vocabulary = match_vocabularies(
             Anatomy.of(source).vocab_size, Anatomy.of(target).vocab_size, *tokenizers
         )
         _check_layers(config, Anatomy.of(target))
+        aligned = _aligned_positions(examples, *tokenizers)
+        check_token_ids(source, aligned.examples, "source")
+        check_token_ids(target, examples, "target")
         return cls(
             config,
             phases,
@@ -216,7 +229,7 @@ class _Run:
             target.eval(),
             tokenizers,
             examples,
-            _aligned_positions(examples, *tokenizers),
+            aligned,
             vocabulary,
             owns_source=not isinstance(src, nn.Module),
             source_base=base,
@@ -496,17 +509,20 @@ class _Run:
         source_head: FrozenHead | None,
     ) -> tuple[nn.Module, list[Record]]:
         """Paper, "training": LoRA on the paired layers, against the two losses."""
-        layers = maker.layers
-        model = maker.attach(self.target)
-        if self.config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()  # type: ignore[operator]
-        if self.config.schedule == "joint":
-            history = self._stage(maker, model, layers, supervision, source_head, 0)
+        history: list[Record] = []
+        joint = self.config.schedule == "joint"
+        try:
+            model = maker.attach(self.target)
+            with _checkpointing(model, self.config.gradient_checkpointing):
+                # The frontier goes from shallow to deep; earlier layers stay as trained.
+                for layers in [maker.layers] if joint else [[layer] for layer in maker.layers]:
+                    history += self._stage(
+                        maker, model, layers, supervision, source_head, len(history)
+                    )
             return maker.finish(model), history
-        history = []
-        for layer in layers:  # shallow to deep; earlier layers stay as trained
-            history += self._stage(maker, model, [layer], supervision, source_head, len(history))
-        return maker.finish(model), history
+        except BaseException:
+            maker.abandon()
+            raise
 
     def _stage(
         self,
@@ -686,6 +702,29 @@ def _tokens_per_second(phases: Mapping[str, Mapping[str, Any]]) -> str:
     seconds = sum(phase["seconds"] for phase in steering)
     tokens = sum(phase.get("tokens", 0) for phase in steering)
     return f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
+
+
+@contextlib.contextmanager
+def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """With ``wanted``, gradient checkpointing inside; a model that had it on keeps it."""
+    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+        yield
+        return
+    model.gradient_checkpointing_enable()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+def _check_unadapted(target: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in target.modules()):
+        raise ModelError(
+            "the target carries a PEFT adapter, and the new one would stand on it: merge it "
+            "(merge_and_unload), take it off (unload), or load the target anew"
+        )
 
 
 def _check_base(base: Anatomy, source: Anatomy) -> None:

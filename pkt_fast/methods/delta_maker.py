@@ -66,6 +66,10 @@ class DeltaMaker:
         """A PEFT model on the target's own, untouched weights that computes what was trained."""
         return model
 
+    def abandon(self) -> None:
+        """Put back what :meth:`attach` changed in the target's weights: training failed."""
+        return
+
     def report(self) -> dict[str, Any]:
         """Facts about the delta for report.json."""
         return {}

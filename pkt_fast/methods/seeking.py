@@ -169,6 +169,7 @@ class SeekingMaker(DeltaMaker):
                 captured += float(up.square().sum())
                 total += float(part.double().square().sum())
         self.captured = captured / total
+        self.originals: list[tuple[Tensor, Tensor]] = []
 
     def attach(self, target: nn.Module) -> nn.Module:
         model = attach_lora(target, self.layers, self.config)
@@ -188,14 +189,18 @@ class SeekingMaker(DeltaMaker):
     def finish(self, model: nn.Module) -> nn.Module:
         """Put the target's own bits back and attach s·(BA − B₀A₀) as one adapter of rank 2r."""
         trained = LayerDelta.from_peft(model)
-        with torch.no_grad():
-            for weight, original in self.originals:
-                weight.copy_(original)
+        self.abandon()
         base: nn.Module = model.unload()  # type: ignore[operator]
         config = self.config.replace(rank=2 * self.config.rank, alpha=2 * self.config.alpha)
         folded = attach_lora(base, self.layers, config)
         set_lora(folded, _difference(trained.changes, self.initial.changes), 1.0)
         return folded.eval()
+
+    @torch.no_grad()
+    def abandon(self) -> None:
+        """Put the target's own bits back."""
+        for weight, original in self.originals:
+            weight.copy_(original)
 
     def report(self) -> dict[str, Any]:
         return {

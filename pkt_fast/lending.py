@@ -1,0 +1,94 @@
+"""Models a caller lends: what is changed while they are used is put back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_MISSING = object()
+_FLAGS = ("training", "_compiled_call_impl")
+_DICTS = (
+    "_modules",  # PEFT replaces entries in place
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _State:
+    """Everything about a model but its weights: flags, hooks, submodules, compiled calls."""
+
+    model: nn.Module
+    modules: list[tuple[nn.Module, dict[str, Any]]]
+    requires_grad: list[tuple[nn.Parameter, bool]]
+    peft_config: Any
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _State:
+        return cls(
+            model,
+            [
+                (
+                    module,
+                    {name: getattr(module, name) for name in _FLAGS}
+                    | {name: dict(getattr(module, name)) for name in _DICTS},
+                )
+                for module in model.modules()
+            ],
+            [(parameter, parameter.requires_grad) for parameter in model.parameters()],
+            model.__dict__.get("peft_config", _MISSING),
+        )
+
+    def restore(self) -> None:
+        for module, values in self.modules:
+            for name in _FLAGS:
+                setattr(module, name, values[name])
+            for name in _DICTS:
+                entries = getattr(module, name)
+                entries.clear()
+                entries.update(values[name])
+        for parameter, flag in self.requires_grad:
+            parameter.requires_grad_(flag)
+        if self.peft_config is _MISSING:
+            self.model.__dict__.pop("peft_config", None)
+
+
+@contextlib.contextmanager
+def lent(*models: Any, kept: Any) -> Iterator[None]:
+    """Use ``models`` and ``kept`` eagerly inside; put every model among them back afterwards.
+
+    ``kept`` keeps what was done to it, unless the block ends in an error.  Anything that is not a
+    module (a path, None) is passed over.  A model that ``torch.compile`` wraps runs as it was
+    before: compiled calls skip hooks that came later.
+    """
+    states = {
+        id(model): _State.of(model)
+        for model in map(eager, (*models, kept))
+        if isinstance(model, nn.Module)
+    }
+    for state in states.values():
+        for module, _ in state.modules:
+            module._compiled_call_impl = None
+    try:
+        yield
+    except BaseException:
+        for state in states.values():
+            state.restore()
+        raise
+    kept_state = states.pop(id(eager(kept)), None)
+    for state in states.values():
+        state.restore()
+    if kept_state is not None:
+        for module, values in kept_state.modules:
+            module._compiled_call_impl = values["_compiled_call_impl"]
+
+
+def eager(model: Any) -> Any:
+    """The module inside what ``torch.compile(model)`` returned; anything else as it is."""
+    return getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model
