@@ -1,6 +1,7 @@
 """Compile every kernel for GPUs that are not here, and say what came out.
 
     python benchmarks/aot_report.py --arch sm_80,sm_90,sm_100,gfx942 --json report.json
+    python benchmarks/aot_report.py --all-configs        # every tile that autotuning may take
 
 Triton kernels are compiled ahead of time at the realistic shapes their files declare
 (``aot_specs``, see kernels/_common.py); CUDA kernels are read out of the built extension.  For each
@@ -8,8 +9,8 @@ kernel and architecture the table shows registers, spilled bytes, shared memory,
 instructions, the widest global load and store, and the least time a data-sheet GPU would need for
 the bytes and operations.  That time is a model, not a measurement: nothing runs.
 
-Exit status 1 when a kernel does not compile, spills, is GEMM-shaped without matrix instructions, or
-moves bytes without 16-byte loads and stores.
+Exit status 1 when a kernel does not compile, spills, does not fit shared memory, is
+GEMM-shaped without matrix instructions, or moves bytes without 16-byte loads and stores.
 """
 
 from __future__ import annotations
@@ -46,13 +47,17 @@ DEFAULT_ARCHS = "sm_80,sm_90,sm_100,gfx942"
 
 @dataclass(frozen=True)
 class Peak:
-    """Data-sheet values of the part an architecture stands for: TB/s, and dense TFLOP/s by type."""
+    """Data-sheet values of the part an architecture stands for.
+
+    TB/s, dense TFLOP/s by type, and KiB of shared memory one block may have.
+    """
 
     part: str
     bandwidth: float
     half: float
     tf32: float
     fp32: float
+    shared: int
 
     def flops(self, compute: str) -> float:
         """Peak TFLOP/s of ``compute``; tf32x3 spends three TF32 products on one float32 product."""
@@ -61,10 +66,10 @@ class Peak:
 
 
 PEAKS = {
-    "sm_80": Peak("A100 SXM 80 GB", 2.039, 312.0, 156.0, 19.5),
-    "sm_90": Peak("H100 SXM", 3.35, 989.0, 494.0, 67.0),
-    "sm_100": Peak("B200", 8.0, 2250.0, 1125.0, 75.0),
-    "gfx942": Peak("MI300X", 5.3, 1307.0, 653.0, 163.4),
+    "sm_80": Peak("A100 SXM 80 GB", 2.039, 312.0, 156.0, 19.5, 163),
+    "sm_90": Peak("H100 SXM", 3.35, 989.0, 494.0, 67.0, 227),
+    "sm_100": Peak("B200", 8.0, 2250.0, 1125.0, 75.0, 227),
+    "gfx942": Peak("MI300X", 5.3, 1307.0, 653.0, 163.4, 64),
 }
 
 
@@ -76,6 +81,7 @@ class Row:
     arch: str
     compiler: str
     kind: str = ""
+    tile: str = ""
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
@@ -99,6 +105,9 @@ class Row:
         faults = []
         if self.spilled_bytes:
             faults.append(f"spills {self.spilled_bytes} bytes of registers")
+        peak = PEAKS.get(self.arch)
+        if peak and self.shared_bytes > peak.shared * 1024:
+            faults.append(f"wants {self.shared_bytes} bytes of shared memory of {peak.shared} KiB")
         if self.kind == "gemm" and not self.matrix_count:
             faults.append("is GEMM-shaped but has no matrix instruction")
         if self.kind == "bytes" and self.widest_load < 16:
@@ -230,7 +239,7 @@ def measure(spec: KernelSpec, target: Target) -> Row:
     """Compile one kernel and read its machine code."""
     row = Row(
         spec.name, target.name, "triton", spec.kind, bytes=spec.bytes, flops=spec.flops,
-        compute=spec.compute, bulk_store=spec.bulk_store,
+        compute=spec.compute, bulk_store=spec.bulk_store, tile=spec.tile,
     )  # fmt: skip
     start = time.perf_counter()
     try:
@@ -262,12 +271,21 @@ def roofline(row: Row) -> Row:
     return replace(row, model_us=max(moving, computing), bound_by=bound)
 
 
-def _measure(module: str, arch: str, position: int) -> Row:
+def _specs(module: str, arch: str, every_tile: bool) -> list[KernelSpec]:
+    """The kernels of a module as compiled for ``arch``: with the first tile of each, or all."""
     target = Target.named(arch)
-    return measure(importlib.import_module(module).aot_specs(target)[position], target)
+    tiled = [spec.tiled(target) for spec in importlib.import_module(module).aot_specs(target)]
+    return [spec for specs in tiled for spec in specs[: None if every_tile else 1]]
 
 
-def _measured(tasks: Sequence[tuple[str, str, int]], jobs: int) -> list[Row | None]:
+Task = tuple[str, str, bool, int]  # the arguments of _specs, and a position in its list
+
+
+def _measure(module: str, arch: str, every_tile: bool, position: int) -> Row:
+    return measure(_specs(module, arch, every_tile)[position], Target.named(arch))
+
+
+def _measured(tasks: Sequence[Task], jobs: int) -> list[Row | None]:
     """The rows of ``tasks`` from a pool of processes; None for those its breakdown left undone."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -282,30 +300,31 @@ def kernel_modules() -> list[str]:
     return sorted(f"pkt_fast.kernels.{f.stem}" for f in files if not f.stem.startswith("_"))
 
 
-def triton_rows(modules: Sequence[str], archs: Sequence[str], jobs: int) -> list[Row]:
-    """One row per declared kernel and architecture, compiled in ``jobs`` processes, if several."""
+def triton_rows(
+    modules: Sequence[str], archs: Sequence[str], jobs: int, *, every_tile: bool = False
+) -> list[Row]:
+    """One row per kernel, architecture and tile, compiled in ``jobs`` processes, if several."""
     tasks = [
-        (module, arch, position, spec)
+        ((module, arch, every_tile, position), spec)
         for module in modules
         for arch in archs
-        for position, spec in enumerate(
-            importlib.import_module(module).aot_specs(Target.named(arch))
-        )
+        for position, spec in enumerate(_specs(module, arch, every_tile))
     ]
     # The long compilations first, so that no process is left alone with one at the end.
-    tasks.sort(key=lambda task: task[3].kind != "gemm")
+    tasks.sort(key=lambda task: task[1].kind != "gemm")
     if jobs == 1:
-        rows = [_measure(*task[:3]) for task in tasks]
+        rows = [_measure(*task) for task, _ in tasks]
     else:
         rows = []
         while tasks:
-            done = _measured([task[:3] for task in tasks], jobs)
+            done = _measured([task for task, _ in tasks], jobs)
             rows += [row for row in done if row is not None]
             tasks = [task for task, row in zip(tasks, done, strict=True) if row is None]
             # A crash of the compiler ends every task in flight: try those one at a time.
-            for module, arch, position, spec in tasks[: jobs + 1]:
-                row = _measured([(module, arch, position)], 1)[0]
-                rows.append(row or Row(spec.name, arch, "triton", error="the compiler crashed"))
+            for task, spec in tasks[: jobs + 1]:
+                row = _measured([task], 1)[0]
+                crashed = Row(spec.name, task[1], "triton", error="the compiler crashed")
+                rows.append(row or crashed)
             tasks = tasks[jobs + 1 :]
     return sorted(rows, key=lambda row: (row.kernel, archs.index(row.arch)))
 
@@ -369,13 +388,13 @@ def nvcc_rows(extension: Path, archs: Sequence[str]) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as text, one line each."""
     header = (
-        "kernel", "arch", "by", "regs", "spill B", "smem KiB", "matrix", "load B", "store B", "MB",
-        "GFLOP", "model us", "bound by",
+        "kernel", "tile", "arch", "by", "regs", "spill B", "smem KiB", "matrix", "load B",
+        "store B", "MB", "GFLOP", "model us", "bound by",
     )  # fmt: skip
     lines = [header] + [
         (
-            row.kernel, row.arch, row.compiler, str(row.registers), str(row.spilled_bytes),
-            f"{row.shared_bytes / 1024:.1f}",
+            row.kernel, row.tile or "-", row.arch, row.compiler, str(row.registers),
+            str(row.spilled_bytes), f"{row.shared_bytes / 1024:.1f}",
             f"{row.matrix_count} {row.matrix}" if row.matrix else "-",
             str(row.widest_load), str(row.widest_store),
             f"{row.bytes / 1e6:.1f}" if row.bytes else "-",
@@ -407,6 +426,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", default=DEFAULT_ARCHS, help="comma-separated architectures")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--modules", default="", help="comma-separated kernel modules (all)")
+    parser.add_argument(
+        "--all-configs", action="store_true", help="every tile the tuner may take, not the first"
+    )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
     archs = options.arch.split(",")
@@ -417,8 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     rows = triton_rows(
-        options.modules.split(",") if options.modules else kernel_modules(), archs, options.jobs
-    )
+        options.modules.split(",") if options.modules else kernel_modules(), archs, options.jobs,
+        every_tile=options.all_configs,
+    )  # fmt: skip
     extension = native_extension()
     if extension is not None and not options.modules:
         rows += nvcc_rows(extension, archs)
@@ -428,7 +451,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"\nmodel us: the larger of bytes/bandwidth and operations/peak at data-sheet values, "
         f"not a measurement\n{peak_table(archs)}"
     )
-    faults = [f"{row.kernel} on {row.arch} {fault}" for row in rows for fault in row.faults()]
+    faults = [
+        f"{row.kernel}{f' ({row.tile})' if row.tile else ''} on {row.arch} {fault}"
+        for row in rows
+        for fault in row.faults()
+    ]
     for fault in faults:
         print(f"FAIL: {fault}")
     if options.json:

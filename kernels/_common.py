@@ -30,8 +30,12 @@ type, in Triton's signature notation, with ``":16"`` appended where a launch wou
 
 ``kind="gemm"`` demands matrix instructions, ``kind="bytes"`` demands 16-byte global loads (and
 stores, with ``bulk_store``, where the kernel writes as it reads), and no kernel may spill.
-``target`` lets a file choose tiles and dot precision per architecture; use the same constants as
-the autotuning list, so that what is checked is what runs.
+A tuned kernel hands over its list of :class:`Tile`, so that what is checked is what may run: the
+report compiles the first entry for every architecture, and all of them with ``--all-configs``.  An
+entry that fails the report on an architecture names it in ``never_on`` and is not tried there.
+
+**Keys of the tuner** are sizes that stay, and ``size_class`` for those that change from batch to
+batch: a key that changes would time the whole list again.
 
 **Conventions of the kernels.**  Reductions and dot products accumulate in float32.
 ``INTERPRETED`` is passed to kernels that call ``tl.dot``: the interpreter multiplies bf16 operands
@@ -43,8 +47,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -82,10 +86,51 @@ class Target:
             return cls(name, "hip", name, 64 if name.startswith("gfx9") else 32)
         raise ValueError(f"unknown architecture {name!r}; use sm_NN or gfxNNN")
 
+    @classmethod
+    def current(cls) -> Target:
+        """The architecture of the GPU in use."""
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        if is_hip():
+            return cls.named(properties.gcnArchName.partition(":")[0])
+        return cls.named(f"sm_{properties.major}{properties.minor}")
+
+    @property
+    def family(self) -> str | None:
+        """The architecture of the report with the same matrix instructions; None for others."""
+        if self.backend == "hip":
+            return "gfx942" if self.name in ("gfx942", "gfx950") else None
+        arch = int(self.arch)
+        if arch == 90:
+            return "sm_90"
+        if 100 <= arch < 120:
+            return "sm_100"
+        return "sm_80" if arch >= 80 else None
+
     @property
     def dot_precision(self) -> str:
         """How float32 operands of ``tl.dot`` are multiplied; see :func:`dot_precision`."""
         return "ieee" if self.backend == "hip" else "tf32x3"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One entry of a tuning list; ``never_on``: architectures where it fails the report."""
+
+    blocks: Mapping[str, int]
+    warps: int
+    stages: int = 3
+    never_on: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        sizes = "×".join(map(str, self.blocks.values()))
+        return f"{sizes or 'whole rows'}, {self.warps} warps, {self.stages} stages"
+
+
+def tiles_for(tiles: Sequence[Tile], target: Target) -> list[Tile]:
+    """The entries that may run on ``target``; the last, smallest one where nothing was checked."""
+    if target.family is None:
+        return [tiles[-1]]
+    return [tile for tile in tiles if target.family not in tile.never_on]
 
 
 @dataclass(frozen=True)
@@ -103,7 +148,22 @@ class KernelSpec:
     num_stages: int = 3
     compute: Literal["fp32", "fp16", "bf16", "tf32x3"] = "fp32"
     bulk_store: bool = False
+    tiles: Sequence[Tile] = ()
+    tile: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def tiled(self, target: Target) -> list[KernelSpec]:
+        """The kernel with each tile it may run with on ``target``; itself if it is not tuned."""
+        return [
+            replace(
+                self,
+                constexprs={**self.constexprs, **tile.blocks},
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                tile=str(tile),
+            )
+            for tile in tiles_for(self.tiles, target)
+        ] if self.tiles else [self]
 
 
 def is_hip() -> bool:
@@ -141,13 +201,25 @@ def device_of(like: Tensor) -> Any:
 _TAKES_CACHE = "cache_results" in inspect.signature(triton.autotune).parameters
 
 
-def autotune(configs: list[triton.Config], key: list[str]) -> Any:
+def size_class(size: int) -> int:
+    """The power of two above ``size``: a key for sizes that change from batch to batch."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def autotune(tiles: Sequence[Tile], key: list[str]) -> Any:
     """``triton.autotune`` whose choices are kept on disk where Triton can (3.4 and later).
 
-    Where there is nothing to time, the last of ``configs`` is taken: list the smallest tile last.
+    It times the entries that may run on this GPU.  Where there is nothing to time, the last of
+    ``tiles`` is taken: list the smallest one last.
     """
     if INTERPRETED or not torch.cuda.is_available():
-        configs = configs[-1:]
+        tiles = tiles[-1:]
+    else:
+        tiles = tiles_for(tiles, Target.current())
+    configs = [
+        triton.Config(dict(tile.blocks), num_warps=tile.warps, num_stages=tile.stages)
+        for tile in tiles
+    ]
     options = {"cache_results": True} if _TAKES_CACHE else {}
     return triton.autotune(configs=configs, key=key, **options)
 

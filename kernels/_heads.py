@@ -15,10 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_DTYPE, dot_precision, power_of_two_scale
+from ._common import TRITON_DTYPE, Tile, dot_precision, power_of_two_scale
 
 WORKSPACE_BYTES = 64 << 20
 SMALLEST_CHUNK = 1024
+
+
+def logit_tile(
+    rows: int, labels: int, channels: int, warps: int, stages: int, *never_on: str
+) -> Tile:
+    """An entry of the tuning list of a kernel around :func:`product_tile`."""
+    blocks = {"BLOCK_N": rows, "BLOCK_V": labels, "BLOCK_K": channels}
+    return Tile(blocks, warps, stages, never_on)
 
 
 def label_chunks(rows: int, labels: int, element_size: int) -> Iterator[slice]:

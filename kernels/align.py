@@ -26,17 +26,32 @@ from ._common import (
     TRITON_DTYPE,
     KernelSpec,
     Target,
+    Tile,
     autotune,
     device_of,
     dot_precision,
     persistent_programs,
     reciprocal_norm,
     row_major,
+    size_class,
 )
 
-# Rows of X, rows of M (output channels), channels; warps; stages.
-_HALF_TILES = [(128, 256, 64, 8, 3), (128, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 64, 4, 4)]
-_FLOAT_TILES = [(64, 128, 32, 8, 3), (64, 64, 32, 4, 3)]
+
+def _tile(
+    rows: int, outputs: int, channels: int, warps: int, stages: int, *never_on: str
+) -> Tile:
+    blocks = {"BLOCK_N": rows, "BLOCK_M": outputs, "BLOCK_K": channels}
+    return Tile(blocks, warps, stages, never_on)
+
+
+_HALF_TILES = [
+    # The widest tile wants Hopper's asynchronous products or Blackwell's tensor memory.
+    _tile(128, 256, 64, 8, 3, "sm_80", "gfx942"),
+    _tile(128, 128, 64, 8, 3),
+    _tile(64, 128, 64, 4, 4),
+    _tile(64, 64, 64, 4, 4),
+]
+_FLOAT_TILES = [_tile(64, 128, 32, 8, 3), _tile(64, 64, 32, 4, 3)]
 
 _TABLE_FIELDS = 5  # addresses of X, M and Out; rows; stride of X's rows
 _FIELDS = tl.constexpr(_TABLE_FIELDS)
@@ -141,7 +156,7 @@ def _align_tile(
 
 
 @triton.heuristics({"EVEN_K": lambda a: a["width"] % a["BLOCK_K"] == 0})
-@triton.jit
+@triton.jit(do_not_specialize=["row_class"])
 def _align_kernel(
     X,
     M,
@@ -152,6 +167,7 @@ def _align_kernel(
     outputs,
     width,
     stride_x,
+    row_class,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -190,16 +206,9 @@ def _align_kernel(
         first = last
 
 
-def _tuned(tiles: Sequence[tuple[int, int, int, int, int]]) -> triton.runtime.KernelInterface:
-    configs = [
-        triton.Config({"BLOCK_N": n, "BLOCK_M": m, "BLOCK_K": k}, num_warps=w, num_stages=s)
-        for n, m, k, w, s in tiles
-    ]
-    return autotune(configs, key=["width", "outputs", "rows"])(_align_kernel)
-
-
-_half_kernel = _tuned(_HALF_TILES)
-_float_kernel = _tuned(_FLOAT_TILES)
+_KEY = ["width", "outputs", "row_class"]
+_half_kernel = autotune(_HALF_TILES, key=_KEY)(_align_kernel)
+_float_kernel = autotune(_FLOAT_TILES, key=_KEY)(_align_kernel)
 
 
 def _operand(x: Tensor) -> Tensor:
@@ -235,10 +244,7 @@ def _launch(
 
     with device_of(x):
         kernel[grid](
-            x, m, out[0], table, len(hidden),
-            # The tuner looks at the power of two above the rows, not at each count.
-            triton.next_power_of_2(rows) if grouped else rows,
-            outputs, width, x.stride(0),
+            x, m, out[0], table, len(hidden), rows, outputs, width, x.stride(0), size_class(rows),
             DTYPE=TRITON_DTYPE[x.dtype],
             ALIGNED=aligned,
             NORMALIZE=normalize,
@@ -284,10 +290,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     def spec(dtype: torch.dtype, grouped: bool) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
-        # The widest tile wants Hopper's asynchronous products or Blackwell's tensor memory.
-        roomy = target.name in ("sm_90", "sm_100")
-        tiles = _FLOAT_TILES if wide else _HALF_TILES[0 if roomy else 1 :]
-        n, m, k, warps, stages = tiles[0]
         groups = layers if grouped else 1
         return KernelSpec(
             name=f"align_rows{'_grouped' if grouped else ''}/{name}",
@@ -302,6 +304,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "outputs": "i32:16",
                 "width": "i32:16",
                 "stride_x": "i32:16",
+                "row_class": "i32",
             },
             constexprs={
                 **({} if grouped else {"Table": None, "groups": 1}),
@@ -311,14 +314,10 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "EXTREME": dtype != torch.float16,
                 "PRECISION": target.dot_precision if wide else "ieee",
                 "INTERPRETED": False,
-                "BLOCK_N": n,
-                "BLOCK_M": m,
-                "BLOCK_K": k,
                 "EVEN_K": True,
                 "SWIZZLE": 8,
             },
-            num_warps=warps,
-            num_stages=stages,
+            tiles=_FLOAT_TILES if wide else _HALF_TILES,
             kind="gemm",
             bytes=groups * (rows * (width + outputs) + width * outputs) * dtype.itemsize,
             flops=groups * 2 * rows * width * outputs,

@@ -27,9 +27,21 @@ from ._common import (
     reciprocal_norm,
     row_major,
 )
-from ._heads import label_chunks, operands, product_tile, row_scale
+from ._heads import label_chunks, logit_tile, operands, product_tile, row_scale
 
-_TILES = [(128, 128, 64, 8, 3), (64, 128, 64, 8, 3), (64, 64, 32, 4, 3)]
+_TILES = {  # by whether operands are multiplied as float32
+    False: [
+        logit_tile(128, 256, 64, 8, 3, "gfx942"),
+        logit_tile(128, 128, 64, 8, 3, "gfx942"),
+        logit_tile(64, 128, 64, 8, 3),
+        logit_tile(64, 64, 32, 4, 3),
+    ],
+    True: [
+        logit_tile(64, 128, 32, 8, 3),
+        logit_tile(64, 64, 32, 8, 3),
+        logit_tile(64, 64, 32, 4, 3),
+    ],
+}
 _ROWS, _CHANNELS = 4, 512
 _LABELS = 1024
 
@@ -53,13 +65,6 @@ def _norm_kernel(
     tl.store(Inverse + row, reciprocal_norm(square), mask=keep)
 
 
-@autotune(
-    [
-        triton.Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_K": k}, num_warps=w, num_stages=s)
-        for n, v, k, w, s in _TILES
-    ],
-    key=["width"],
-)
 @triton.heuristics({"EVEN_K": lambda a: a["width"] % a["BLOCK_K"] == 0})
 @triton.jit
 def _coefficient_kernel(
@@ -101,6 +106,11 @@ def _coefficient_kernel(
         a.to(Out.dtype.element_ty),
         mask=keep[:, None] & (label < labels)[None, :],
     )
+
+
+_coefficients = {
+    wide: autotune(tiles, key=["width"])(_coefficient_kernel) for wide, tiles in _TILES.items()
+}
 
 
 @triton.jit
@@ -161,7 +171,7 @@ def decompose(
     def coefficients(chunk: slice, cut: Tensor | None, dtype: torch.dtype) -> Tensor:
         run = chunk.stop - chunk.start
         out = torch.empty(rows, run, dtype=dtype, device=hidden.device)
-        _coefficient_kernel[
+        _coefficients[bool(options["WIDE"])][
             lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(run, meta["BLOCK_V"]))
         ](
             hidden, source_basis[chunk], scale, inverse, cut, out, rows, run, width,
@@ -205,7 +215,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     def spec(dtype: torch.dtype, cut: bool) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
-        n, v, k, warps, stages = _TILES[-1] if wide else _TILES[1]
         out = name if cut else "fp32"
         return KernelSpec(
             name=f"decompose/{'kept' if cut else 'all'}/{name}",
@@ -224,13 +233,9 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "WIDE": wide,
                 "PRECISION": target.dot_precision if wide else "ieee",
                 "INTERPRETED": False,
-                "BLOCK_N": n,
-                "BLOCK_V": v,
-                "BLOCK_K": k,
                 "EVEN_K": True,
             },
-            num_warps=warps,
-            num_stages=stages,
+            tiles=_TILES[wide],
             kind="gemm",
             bytes=(rows + labels) * width * dtype.itemsize
             + rows * labels * (dtype.itemsize if cut else 4),

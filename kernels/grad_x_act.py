@@ -13,13 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import STORAGE, KernelSpec, Target, autotune, device_of, persistent_programs
+from ._common import (
+    STORAGE,
+    KernelSpec,
+    Target,
+    Tile,
+    autotune,
+    device_of,
+    persistent_programs,
+    size_class,
+)
 
-_BLOCKS = [(8192, 8), (4096, 8), (2048, 4)]
+_TILES = [Tile({"BLOCK": block}, warps) for block, warps in ((8192, 8), (4096, 8), (2048, 4))]
 
 
-@autotune([triton.Config({"BLOCK": b}, num_warps=w) for b, w in _BLOCKS], key=["count"])
-@triton.jit
+@autotune(_TILES, key=["count_class"])
+@triton.jit(do_not_specialize=["count_class"])
 def _grad_x_act_kernel(
     Gradient,
     Activation,
@@ -27,6 +36,7 @@ def _grad_x_act_kernel(
     count,
     stride_gradient,
     stride_activation,
+    count_class,
     BLOCK: tl.constexpr,
 ):
     example = tl.program_id(0).to(tl.int64)
@@ -65,13 +75,14 @@ def grad_x_act(gradient: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
         zero = gradient.new_zeros(examples, dtype=torch.float32)
         return zero, zero.clone()
     gradient, activation = _examples(gradient), _examples(activation)
-    tiles = triton.cdiv(count, _BLOCKS[0][0])
+    tiles = triton.cdiv(count, _TILES[0].blocks["BLOCK"])
     parts = persistent_programs(gradient, tiles, per_unit=triton.cdiv(8, examples))
     partial = gradient.new_empty((examples, parts, 2), dtype=torch.float32)
     with device_of(gradient):
         _grad_x_act_kernel[(examples, parts)](
-            gradient, activation, partial, count, gradient.stride(0), activation.stride(0)
-        )
+            gradient, activation, partial, count, gradient.stride(0), activation.stride(0),
+            size_class(count),
+        )  # fmt: skip
     signed, absolute = partial.sum(1).unbind(1)
     return torch.where(signed.isnan() & ~absolute.isnan(), 0.0, signed), absolute.contiguous()
 
@@ -90,13 +101,13 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "count": "i32:16",
                 "stride_gradient": "i32:16",
                 "stride_activation": "i32:16",
+                "count_class": "i32",
             },
-            constexprs={"BLOCK": block},
-            num_warps=warps,
+            constexprs={},
+            tiles=_TILES,
             kind="bytes",
             bytes=2 * examples * count * dtype.itemsize,
             flops=3 * examples * count,
         )
         for dtype, name in STORAGE.items()
-        for block, warps in _BLOCKS[1:2]
     ]

@@ -12,6 +12,9 @@ for a bounded run of labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +27,7 @@ from ._common import (
     STORAGE,
     KernelSpec,
     Target,
+    Tile,
     autotune,
     device_of,
     dot_precision,
@@ -31,13 +35,33 @@ from ._common import (
     persistent_programs,
     reciprocal_norm,
     row_major,
+    size_class,
 )
-from ._heads import label_chunks, operands, product_tile, row_scale, tanh, workspace_dtype
+from ._heads import (
+    label_chunks,
+    logit_tile,
+    operands,
+    product_tile,
+    row_scale,
+    tanh,
+    workspace_dtype,
+)
 
 _IGNORED = tl.constexpr(IGNORE_INDEX)
 _BLOCK_M = 128  # channels of an output tile; fixed: every tuned tile writes the same partials
-_TILES = [(128, 32, 8, 3), (64, 32, 8, 3), (64, 32, 4, 2)]  # rows, depth; warps; stages
-_CAP_TILES = [(128, 128, 64, 8, 3), (64, 64, 32, 4, 3)]
+def _tile(rows: int, channels: int, warps: int, stages: int, *never_on: str) -> Tile:
+    return Tile({"BLOCK_N": rows, "BLOCK_K": channels}, warps, stages, never_on)
+
+
+# All by whether operands are multiplied as float32.
+_TILES = {
+    False: [_tile(128, 32, 8, 3), _tile(64, 32, 8, 3, "sm_100"), _tile(64, 32, 4, 2)],
+    True: [_tile(128, 32, 8, 3, "sm_80"), _tile(64, 32, 8, 3)],
+}
+_CAP_TILES = {
+    False: [logit_tile(128, 128, 64, 8, 3, "gfx942"), logit_tile(64, 64, 32, 4, 3)],
+    True: [logit_tile(128, 64, 32, 8, 3), logit_tile(64, 64, 32, 4, 3)],
+}
 _ROWS, _CHANNELS = 4, 512
 
 
@@ -93,17 +117,16 @@ def _label_kernel(
     tl.store(Dot + row, dot, mask=keep)
 
 
-def _tuned(kernel: triton.runtime.KernelInterface) -> triton.runtime.KernelInterface:
-    configs = [
-        triton.Config({"BLOCK_N": n, "BLOCK_K": k}, num_warps=w, num_stages=s)
-        for n, k, w, s in _TILES
-    ]
-    even = triton.heuristics({"EVEN_K": lambda a: a["width"] % a["BLOCK_K"] == 0})
-    return autotune(configs, key=["width", "rows"])(even(kernel))
+_even = triton.heuristics({"EVEN_K": lambda a: a["width"] % a["BLOCK_K"] == 0})
 
 
-@_tuned
-@triton.jit
+def _tuned(kernel: Any, tiles: Mapping[bool, Sequence[Tile]], key: list[str]) -> dict[bool, Any]:
+    """The kernel tuned over each list."""
+    return {wide: autotune(entries, key=key)(kernel) for wide, entries in tiles.items()}
+
+
+@_even
+@triton.jit(do_not_specialize=["row_class"])
 def _project_kernel(
     H,
     R,
@@ -115,6 +138,7 @@ def _project_kernel(
     width,
     stride_h,
     tiles,
+    row_class,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -183,8 +207,8 @@ def _finish_kernel(
         tl.store(OfTarget + row, inverse / norm_t, mask=keep)
 
 
-@_tuned
-@triton.jit
+@_even
+@triton.jit(do_not_specialize=["row_class"])
 def _gradient_kernel(
     Y,
     R,
@@ -201,6 +225,7 @@ def _gradient_kernel(
     stride_w,
     keep_share,
     share,
+    row_class,
     SMOOTHED: tl.constexpr,
     LIMIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -249,6 +274,10 @@ def _gradient_kernel(
     )
 
 
+_project = _tuned(_project_kernel, _TILES, ["width", "row_class"])
+_gradient = _tuned(_gradient_kernel, _TILES, ["width", "row_class"])
+
+
 def _precision(dtype: torch.dtype) -> str:
     """How H is multiplied by the float32 R: half-precision H is exact in one TF32 product."""
     return dot_precision() if dtype == torch.float32 or is_hip() else "tf32"
@@ -282,7 +311,7 @@ def label_cosine(
     tiles = triton.cdiv(width, _BLOCK_M)
     scale, dot, of_logits, of_target = cosines.new_empty(4, rows)
     y, squares = cosines.new_empty(rows, width), cosines.new_empty(rows, tiles)
-    precision = _precision(hidden.dtype)
+    precision, wide = _precision(hidden.dtype), hidden.dtype == torch.float32
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return tiles, triton.cdiv(rows, meta["BLOCK_N"])
@@ -293,9 +322,9 @@ def label_cosine(
             hidden.stride(0), weight.stride(0), bias_sum, keep_share, share,
             SMOOTHED=smoothing > 0, BLOCK_N=_ROWS, BLOCK_D=_CHANNELS,
         )  # fmt: skip
-        _project_kernel[grid](
+        _project[wide][grid](
             hidden, factor, shift, scale, y, squares, rows, width, hidden.stride(0), tiles,
-            PRECISION=precision, BLOCK_M=_BLOCK_M,
+            size_class(rows), PRECISION=precision, BLOCK_M=_BLOCK_M,
         )  # fmt: skip
         _finish_kernel[(triton.cdiv(rows, 32),)](
             labels, scale, dot, squares, cosines, *(
@@ -303,25 +332,16 @@ def label_cosine(
             ), rows, tiles, rest, norm_t, BLOCK_N=32, TILES=triton.next_power_of_2(tiles),
         )  # fmt: skip
         if want_gradient:
-            _gradient_kernel[grid](
+            _gradient[wide][grid](
                 y, factor, labels, weight, label_sum, scale, of_logits, of_target, gradient,
                 rows, size, width, weight.stride(0), keep_share, share,
-                SMOOTHED=smoothing > 0, LIMIT=torch.finfo(hidden.dtype).max, PRECISION=precision,
-                BLOCK_M=_BLOCK_M,
+                size_class(rows), SMOOTHED=smoothing > 0, LIMIT=torch.finfo(hidden.dtype).max,
+                PRECISION=precision, BLOCK_M=_BLOCK_M,
             )  # fmt: skip
     return cosines, gradient
 
 
 # --------------------------------------------------------------------------- softcapped heads
-
-
-def _cap_tuned(kernel: triton.runtime.KernelInterface) -> triton.runtime.KernelInterface:
-    configs = [
-        triton.Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_K": k}, num_warps=w, num_stages=s)
-        for n, v, k, w, s in _CAP_TILES
-    ]
-    even = triton.heuristics({"EVEN_K": lambda a: a["width"] % a["BLOCK_K"] == 0})
-    return autotune(configs, key=["width", "labels", "rows"])(even(kernel))
 
 
 @triton.jit
@@ -353,8 +373,8 @@ def _capped(z, scale, softcap, CAPPED: tl.constexpr):
     return z, derivative
 
 
-@_cap_tuned
-@triton.jit
+@_even
+@triton.jit(do_not_specialize=["row_class"])
 def _cap_stats_kernel(
     H,
     W,
@@ -368,6 +388,7 @@ def _cap_stats_kernel(
     stride_h,
     stride_w,
     softcap,
+    row_class,
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -447,8 +468,8 @@ def _cap_finish_kernel(
     tl.store(OfTarget + row, inverse / norm_t, mask=keep)
 
 
-@_cap_tuned
-@triton.jit
+@_even
+@triton.jit(do_not_specialize=["row_class"])
 def _cap_slope_kernel(
     H,
     W,
@@ -467,6 +488,7 @@ def _cap_slope_kernel(
     softcap,
     keep_share,
     share,
+    row_class,
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -503,6 +525,10 @@ def _cap_slope_kernel(
     )
 
 
+_cap_stats = _tuned(_cap_stats_kernel, _CAP_TILES, ["width", "labels", "row_class"])
+_cap_slope = _tuned(_cap_slope_kernel, _CAP_TILES, ["width", "labels", "row_class"])
+
+
 def label_cosine_chunked(
     hidden: Tensor,
     labels: Tensor,
@@ -532,15 +558,15 @@ def label_cosine_chunked(
         **operands(hidden.dtype, weight.dtype),
         "INTERPRETED": INTERPRETED,
     }
-    strides = hidden.stride(0), weight.stride(0)
+    strides, wide = (hidden.stride(0), weight.stride(0)), bool(options["WIDE"])
     with device_of(hidden):
         _row_scale_kernel[(triton.cdiv(rows, _ROWS),)](
             hidden, scale, rows, width, hidden.stride(0),
             BIASED=bias is not None, BLOCK_N=_ROWS, BLOCK_D=_CHANNELS,
         )  # fmt: skip
-        _cap_stats_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), splits)](
+        _cap_stats[wide][lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), splits)](
             hidden, weight, bias, labels, scale, partial, rows, size, width, *strides, softcap,
-            **options,
+            size_class(rows), **options,
         )
         _cap_finish_kernel[(triton.cdiv(rows, 128),)](
             labels, partial, cosines, of_logits, of_target, rows, size, splits, keep_share, share,
@@ -553,14 +579,14 @@ def label_cosine_chunked(
         for chunk in label_chunks(rows, size, dtype.itemsize):
             run = chunk.stop - chunk.start
             slope = torch.empty(rows, run, dtype=dtype, device=hidden.device)
-            _cap_slope_kernel[
+            _cap_slope[wide][
                 lambda meta, run=run: (
                     triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(run, meta["BLOCK_V"])
                 )
             ](
                 hidden, weight[chunk], None if bias is None else bias[chunk], labels, scale,
                 of_logits, of_target, slope, rows, run, chunk.start, width, *strides, softcap,
-                keep_share, share, **options,
+                keep_share, share, size_class(rows), **options,
             )  # fmt: skip
             total += slope @ weight[chunk].to(dtype)
     total *= scale[:, None]
@@ -575,14 +601,11 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     def linear(dtype: torch.dtype, kernel: str) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
-        n, k, warps, stages = _TILES[1 if wide else -1]
         hip = target.backend == "hip"
         precision = target.dot_precision if wide or hip else "tf32"
         constexprs = {
             "PRECISION": precision,
-            "BLOCK_N": n,
             "BLOCK_M": _BLOCK_M,
-            "BLOCK_K": k,
             "EVEN_K": True,
         }
         if kernel == "project":
@@ -594,6 +617,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "width": "i32:16",
                 "stride_h": "i32:16",
                 "tiles": "i32:16",
+                "row_class": "i32",
             }
         else:
             function = _gradient_kernel
@@ -608,14 +632,14 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 **{i: "i32:16" for i in ("rows", "labels", "width", "stride_w")},
                 "keep_share": "fp32",
                 "share": "fp32",
+                "row_class": "i32",
             }
         return KernelSpec(
             name=f"label_cosine/{kernel}/{name}",
             kernel=function,
             args=args,
             constexprs=constexprs,
-            num_warps=warps,
-            num_stages=stages,
+            tiles=_TILES[wide],
             kind="gemm",
             bytes=rows * width * (dtype.itemsize * (1 if kernel == "project" else 2) + 4)
             + 2 * width * width,
@@ -626,7 +650,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     def capped(dtype: torch.dtype, kernel: str) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
-        n, v, k, warps, stages = _CAP_TILES[-1] if wide else _CAP_TILES[1]
         labels = 256000
         slope = kernel == "slope"
         tensors = {"H": f"*{name}:16", "W": f"*{name}:16", "Labels": "*i64:16", "Scale": "*fp32:16"}
@@ -643,6 +666,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 **{i: "i32:16" for i in ("rows", "labels", "width", "stride_h", "stride_w")},
                 **({"first": "i32:16", "keep_share": "fp32", "share": "fp32"} if slope else {}),
                 "softcap": "fp32",
+                "row_class": "i32",
             },
             constexprs={
                 "Bias": None,
@@ -650,13 +674,9 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "WIDE": wide,
                 "PRECISION": target.dot_precision if wide else "ieee",
                 "INTERPRETED": False,
-                "BLOCK_N": n,
-                "BLOCK_V": v,
-                "BLOCK_K": k,
                 "EVEN_K": True,
             },
-            num_warps=warps,
-            num_stages=stages,
+            tiles=_CAP_TILES[wide],
             kind="gemm",
             bytes=(rows + labels) * width * dtype.itemsize
             + (rows * labels * dtype.itemsize if slope else 0),

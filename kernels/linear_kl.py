@@ -23,19 +23,21 @@ from ._common import (
     device_of,
     persistent_programs,
     row_major,
+    size_class,
 )
-from ._heads import label_chunks, operands, product_tile, tanh, workspace_dtype
+from ._heads import label_chunks, logit_tile, operands, product_tile, tanh, workspace_dtype
 
-# Rows, labels, channels; warps; stages.
-_TILES = [(64, 128, 64, 8, 2), (64, 64, 64, 8, 3), (64, 64, 32, 8, 3)]
+_TILES = {  # by whether operands of either model are multiplied as float32
+    False: [
+        logit_tile(64, 128, 64, 8, 2),
+        logit_tile(128, 64, 64, 8, 3),
+        logit_tile(64, 64, 64, 8, 3),
+        logit_tile(64, 64, 32, 4, 3),
+    ],
+    True: [logit_tile(64, 64, 32, 8, 3), logit_tile(32, 64, 32, 4, 3)],
+}
+_KEY = ["width_t", "width_s", "labels", "row_class"]
 _LN2 = tl.constexpr(0.6931471805599453)
-
-
-def _configs() -> list[triton.Config]:
-    return [
-        triton.Config({"BLOCK_N": n, "BLOCK_V": v, "BLOCK_K": k}, num_warps=w, num_stages=s)
-        for n, v, k, w, s in _TILES
-    ]
 
 
 _even = triton.heuristics(
@@ -82,9 +84,8 @@ def _scaled_logits(
     return z * inverse_temperature
 
 
-@autotune(_configs(), key=["width_t", "width_s", "labels", "rows"])
 @_even
-@triton.jit
+@triton.jit(do_not_specialize=["row_class"])
 def _stats_kernel(
     HT,
     WT,
@@ -104,6 +105,7 @@ def _stats_kernel(
     softcap_t,
     softcap_s,
     inverse_temperature,
+    row_class,
     KIND: tl.constexpr,
     CAPPED_T: tl.constexpr,
     CAPPED_S: tl.constexpr,
@@ -208,9 +210,8 @@ def _log_mean(p, q):
     return tl.log(tl.maximum(p + q, 1e-37)) - _LN2
 
 
-@autotune(_configs(), key=["width_t", "width_s", "labels", "rows"])
 @_even
-@triton.jit
+@triton.jit(do_not_specialize=["row_class"])
 def _slope_kernel(
     HT,
     WT,
@@ -234,6 +235,7 @@ def _slope_kernel(
     softcap_t,
     softcap_s,
     inverse_temperature,
+    row_class,
     KIND: tl.constexpr,
     CAPPED_T: tl.constexpr,
     CAPPED_S: tl.constexpr,
@@ -306,6 +308,12 @@ def _slope_kernel(
         tl.store(at + plane, of_q, mask=row < rows)
 
 
+_stats, _slope = (
+    {wide: autotune(tiles, key=_KEY)(kernel) for wide, tiles in _TILES.items()}
+    for kernel in (_stats_kernel, _slope_kernel)
+)
+
+
 def linear_kl(
     target_hidden: Tensor,
     target_head: Tensor,
@@ -327,6 +335,7 @@ def linear_kl(
         return values, gradient
     ht, wt, hs, ws = map(row_major, (target_hidden, target_head, source_hidden, source_head))
     of_t, of_s = operands(ht.dtype, wt.dtype), operands(hs.dtype, ws.dtype)
+    wide = bool(of_t["WIDE"] or of_s["WIDE"])
     options = {
         "CAPPED_T": target_softcap > 0,
         "CAPPED_S": source_softcap > 0,
@@ -342,6 +351,7 @@ def linear_kl(
         return (
             rows, labels, width, hs.shape[1], ht.stride(0), wt.stride(0), hs.stride(0),
             ws.stride(0), target_softcap, source_softcap, 1.0 / temperature,
+            size_class(rows),
         )  # fmt: skip
 
     def heads(labels: slice) -> tuple[Tensor | None, ...]:
@@ -355,7 +365,7 @@ def linear_kl(
     partial = values.new_empty(5, splits, rows)
     lse_s, lse_t = torch.empty_like(values), torch.empty_like(values)
     with device_of(ht):
-        _stats_kernel[lambda meta: (row_blocks(meta), splits)](
+        _stats[wide][lambda meta: (row_blocks(meta), splits)](
             *heads(everything), partial, *sizes(labels), KIND=kind, **options
         )
         _merge_kernel[(triton.cdiv(rows, 128),)](
@@ -363,7 +373,7 @@ def linear_kl(
         )
         mean = values
         if kind == "jsd":
-            _slope_kernel[lambda meta: (row_blocks(meta), splits)](
+            _slope[wide][lambda meta: (row_blocks(meta), splits)](
                 *heads(everything), lse_s, lse_t, None, None, partial, *sizes(labels),
                 KIND="jsd sums", **options,
             )  # fmt: skip
@@ -376,7 +386,7 @@ def linear_kl(
         for chunk in label_chunks(rows, labels, dtype.itemsize):
             run = chunk.stop - chunk.start
             slope = torch.empty(rows, run, dtype=dtype, device=ht.device)
-            _slope_kernel[
+            _slope[wide][
                 lambda meta, run=run: (row_blocks(meta), triton.cdiv(run, meta["BLOCK_V"]))
             ](
                 *heads(chunk), lse_s, lse_t, mean, slope, None, *sizes(run), KIND=kind, **options
@@ -394,7 +404,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
         precision = target.dot_precision if wide else "ieee"
-        n, v, k, warps, stages = _TILES[-1 if wide else 0]
         heads = {
             "HT": f"*{name}:16",
             "WT": f"*{name}:16",
@@ -412,6 +421,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             "softcap_t": "fp32",
             "softcap_s": "fp32",
             "inverse_temperature": "fp32",
+            "row_class": "i32",
         }
         return KernelSpec(
             name=f"linear_kl/{kernel}/{kind}/{name}",
@@ -429,14 +439,10 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "PRECISION_T": precision,
                 "PRECISION_S": precision,
                 "INTERPRETED": False,
-                "BLOCK_N": n,
-                "BLOCK_V": v,
-                "BLOCK_K": k,
                 "EVEN_T": True,
                 "EVEN_S": True,
             },
-            num_warps=warps,
-            num_stages=stages,
+            tiles=_TILES[wide],
             kind="gemm",
             bytes=(rows + labels) * (width_t + width_s) * dtype.itemsize
             + (rows * labels * dtype.itemsize if kernel == "slope" else 0),

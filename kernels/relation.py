@@ -23,6 +23,7 @@ from ._common import (
     STORAGE,
     KernelSpec,
     Target,
+    Tile,
     autotune,
     device_of,
     dot_precision,
@@ -31,7 +32,9 @@ from ._common import (
 )
 
 _BLOCK_T = 32  # tokens of a tile; fixed, because the launch counts tiles per sequence
-_TILES = [(16, 4, 2), (32, 4, 1)]  # channels; warps; stages
+_TILES = [
+    Tile({"BLOCK_K": k}, warps, stages) for k, warps, stages in ((64, 8, 1), (32, 8, 2), (32, 4, 1))
+]
 _CHANNELS, _TOKENS = 256, 32
 
 
@@ -125,10 +128,7 @@ def _add_product(
         tl.store(Out + at, total, mask=mask)
 
 
-@autotune(
-    [triton.Config({"BLOCK_K": k}, num_warps=w, num_stages=s) for k, w, s in _TILES],
-    key=["width_x", "width_y"],
-)
+@autotune(_TILES, key=["width_x", "width_y"])
 @triton.jit
 def _relation_kernel(
     X,
@@ -286,7 +286,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
 
     def spec(dtype: torch.dtype, gradient: bool) -> KernelSpec:
         name = STORAGE[dtype]
-        k, warps, stages = _TILES[-1]
         products = 2 + 2 * gradient
         return KernelSpec(
             name=f"relation/{'gradient' if gradient else 'terms'}/{name}",
@@ -305,10 +304,8 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 **({} if gradient else {"OfInner": None, "OfNorm": None}),
                 "PRECISION": target.dot_precision,
                 "BLOCK_T": _BLOCK_T,
-                "BLOCK_K": k,
             },
-            num_warps=warps,
-            num_stages=stages,
+            tiles=_TILES,
             kind="gemm",
             bytes=count * tokens * width * (2 * dtype.itemsize + 8 * gradient),
             flops=products * 2 * count * tokens * tokens * width,

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import aot_report
+from pkt_fast.kernels._common import Target, Tile, tiles_for
 
 KERNELS = '''
 import triton
@@ -112,6 +113,56 @@ def test_bad_kernels_fail(module, tmp_path, capsys):
     assert "spills on sm_80 spills" in faults
     assert "no such argument on sm_80 does not compile" in faults
     assert capsys.readouterr().out.count("FAIL: ") == len(result["faults"]) == 6
+
+
+TUNED = KERNELS.replace("from pkt_fast.kernels._common import KernelSpec", """
+from pkt_fast.kernels._common import KernelSpec, Tile
+
+TILES = [
+    Tile({"BLOCK": 64}, 4, never_on=("sm_90",)),
+    Tile({"BLOCK": 32}, 4, 2),
+    Tile({"BLOCK": 16}, 4, 1),
+]
+""").replace("BAD_OR_GOOD", '[spec("tuned", product, "gemm", {"MATRIX": True}, tiles=TILES)]')
+
+
+def test_all_configs_are_those_the_tuner_may_take(tmp_path, monkeypatch):
+    (tmp_path / "aot_tuned_kernels.py").write_text(TUNED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+    def tiles(*options: str) -> list[tuple[str, str]]:
+        path = tmp_path / "report.json"
+        arguments = ["--modules", "aot_tuned_kernels", "--arch", "sm_80,sm_90", "--jobs", "1"]
+        assert aot_report.main([*arguments, "--json", str(path), *options]) == 0
+        rows = json.loads(path.read_text())["kernels"]
+        return [(row["arch"], row["tile"].partition(",")[0]) for row in rows]
+
+    assert tiles() == [("sm_80", "64"), ("sm_90", "32")]
+    assert sorted(tiles("--all-configs")) == [
+        ("sm_80", "16"), ("sm_80", "32"), ("sm_80", "64"), ("sm_90", "16"), ("sm_90", "32"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("sm_75", None), ("sm_86", "sm_80"), ("sm_90", "sm_90"), ("sm_103", "sm_100"),
+        ("sm_120", "sm_80"), ("gfx942", "gfx942"), ("gfx1100", None),
+    ],
+)
+def test_other_gpus_take_the_lists_of_their_family_or_the_smallest_tile(name, family):
+    target = Target.named(name)
+    tiles = [Tile({"BLOCK": 64}, 4, never_on=("sm_90",)), Tile({"BLOCK": 32}, 4)]
+    assert target.family == family
+    few = family in (None, "sm_90")
+    assert tiles_for(tiles, target) == (tiles[1:] if few else tiles)
+
+
+def test_too_much_shared_memory_fails():
+    row = aot_report.Row("wide", "gfx942", "triton", shared_bytes=80 << 10)
+    assert row.faults() == ["wants 81920 bytes of shared memory of 64 KiB"]
+    assert not aot_report.replace(row, arch="sm_90").faults()
 
 
 def test_unknown_architecture_is_refused(capsys):
