@@ -20,7 +20,7 @@ def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse, before any work is done, an output directory that cannot or must not be written.
 
     Raises :class:`OutputError` when the path is empty or a file, is not empty without
-    ``overwrite``, or is not writable.
+    ``overwrite``, is not empty and holds the working directory, or is not writable.
     """
     if not os.fspath(path):
         raise OutputError("the output directory has an empty name; give a directory")
@@ -31,8 +31,18 @@ def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise OutputError(
             f"output directory {directory} is not empty; choose another or --overwrite"
         )
+    if _holds_working_directory(directory) and any(directory.iterdir()):
+        # Overwriting replaces everything that is there, far more than a transfer ever wrote.
+        raise OutputError(
+            f"output directory {directory} is the working directory or holds it, and is not empty; "
+            "choose another"
+        )
     os.rmdir(_stage(directory))
     return directory
+
+
+def _holds_working_directory(directory: Path) -> bool:
+    return Path.cwd().is_relative_to(directory.resolve())
 
 
 @contextlib.contextmanager
@@ -80,7 +90,7 @@ def _stays(directory: Path) -> bool:
     return (
         os.path.ismount(real)
         or directory.is_symlink()
-        or Path.cwd().is_relative_to(real)
+        or _holds_working_directory(directory)
         or not os.access(directory.parent, os.W_OK)
     )
 

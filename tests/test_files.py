@@ -28,6 +28,19 @@ def test_the_working_directory_keeps_its_place(tmp_path, monkeypatch):
     assert os.stat(tmp_path).st_ino == before
 
 
+@pytest.mark.parametrize("path", [".", "..", "link"])
+def test_overwriting_never_empties_the_working_directory_or_one_above(tmp_path, monkeypatch, path):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "mine").touch()
+    (work / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(work)
+    with pytest.raises(OutputError, match="working directory"):
+        write(path, overwrite=True)
+    assert sorted(os.listdir(work)) == ["link", "mine"]
+    assert os.listdir(tmp_path) == ["work"]
+
+
 def test_a_mount_point_is_filled_in_place(tmp_path, monkeypatch):
     target = tmp_path / "mounted"
     (target / "old").mkdir(parents=True)
