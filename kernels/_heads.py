@@ -8,14 +8,15 @@ product, which is deterministic and needs no accumulator of N×D registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_DTYPE, Tile, dot_precision, power_of_two_scale
+from ._common import TRITON_DTYPE, Tile, autotune, dot_precision, power_of_two_scale
 
 WORKSPACE_BYTES = 64 << 20
 SMALLEST_CHUNK = 1024
@@ -27,6 +28,11 @@ def logit_tile(
     """An entry of the tuning list of a kernel around :func:`product_tile`."""
     blocks = {"BLOCK_N": rows, "BLOCK_V": labels, "BLOCK_K": channels}
     return Tile(blocks, warps, stages, never_on)
+
+
+def tuned(kernel: Any, tiles: Mapping[bool, Sequence[Tile]], key: list[str]) -> dict[bool, Any]:
+    """The kernel tuned over each list; lists by whether operands are multiplied as float32."""
+    return {wide: autotune(entries, key=key)(kernel) for wide, entries in tiles.items()}
 
 
 def label_chunks(rows: int, labels: int, element_size: int) -> Iterator[slice]:

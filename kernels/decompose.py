@@ -22,12 +22,11 @@ from ._common import (
     STORAGE,
     KernelSpec,
     Target,
-    autotune,
     device_of,
     reciprocal_norm,
     row_major,
 )
-from ._heads import label_chunks, logit_tile, operands, product_tile, row_scale
+from ._heads import label_chunks, logit_tile, operands, product_tile, row_scale, tuned
 
 _TILES = {  # by whether operands are multiplied as float32
     False: [
@@ -108,9 +107,7 @@ def _coefficient_kernel(
     )
 
 
-_coefficients = {
-    wide: autotune(tiles, key=["width"])(_coefficient_kernel) for wide, tiles in _TILES.items()
-}
+_coefficients = tuned(_coefficient_kernel, _TILES, ["width"])
 
 
 @triton.jit

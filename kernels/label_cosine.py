@@ -12,9 +12,6 @@ for a bounded run of labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +25,6 @@ from ._common import (
     KernelSpec,
     Target,
     Tile,
-    autotune,
     device_of,
     dot_precision,
     is_hip,
@@ -44,11 +40,14 @@ from ._heads import (
     product_tile,
     row_scale,
     tanh,
+    tuned,
     workspace_dtype,
 )
 
 _IGNORED = tl.constexpr(IGNORE_INDEX)
 _BLOCK_M = 128  # channels of an output tile; fixed: every tuned tile writes the same partials
+
+
 def _tile(rows: int, channels: int, warps: int, stages: int, *never_on: str) -> Tile:
     return Tile({"BLOCK_N": rows, "BLOCK_K": channels}, warps, stages, never_on)
 
@@ -118,11 +117,6 @@ def _label_kernel(
 
 
 _even = triton.heuristics({"EVEN_K": lambda a: a["width"] % a["BLOCK_K"] == 0})
-
-
-def _tuned(kernel: Any, tiles: Mapping[bool, Sequence[Tile]], key: list[str]) -> dict[bool, Any]:
-    """The kernel tuned over each list."""
-    return {wide: autotune(entries, key=key)(kernel) for wide, entries in tiles.items()}
 
 
 @_even
@@ -274,8 +268,8 @@ def _gradient_kernel(
     )
 
 
-_project = _tuned(_project_kernel, _TILES, ["width", "row_class"])
-_gradient = _tuned(_gradient_kernel, _TILES, ["width", "row_class"])
+_project = tuned(_project_kernel, _TILES, ["width", "row_class"])
+_gradient = tuned(_gradient_kernel, _TILES, ["width", "row_class"])
 
 
 def _precision(dtype: torch.dtype) -> str:
@@ -525,8 +519,8 @@ def _cap_slope_kernel(
     )
 
 
-_cap_stats = _tuned(_cap_stats_kernel, _CAP_TILES, ["width", "labels", "row_class"])
-_cap_slope = _tuned(_cap_slope_kernel, _CAP_TILES, ["width", "labels", "row_class"])
+_cap_stats = tuned(_cap_stats_kernel, _CAP_TILES, ["width", "labels", "row_class"])
+_cap_slope = tuned(_cap_slope_kernel, _CAP_TILES, ["width", "labels", "row_class"])
 
 
 def label_cosine_chunked(

@@ -19,13 +19,12 @@ from ._common import (
     STORAGE,
     KernelSpec,
     Target,
-    autotune,
     device_of,
     persistent_programs,
     row_major,
     size_class,
 )
-from ._heads import label_chunks, logit_tile, operands, product_tile, tanh, workspace_dtype
+from ._heads import label_chunks, logit_tile, operands, product_tile, tanh, tuned, workspace_dtype
 
 _TILES = {  # by whether operands of either model are multiplied as float32
     False: [
@@ -308,10 +307,8 @@ def _slope_kernel(
         tl.store(at + plane, of_q, mask=row < rows)
 
 
-_stats, _slope = (
-    {wide: autotune(tiles, key=_KEY)(kernel) for wide, tiles in _TILES.items()}
-    for kernel in (_stats_kernel, _slope_kernel)
-)
+_stats = tuned(_stats_kernel, _TILES, _KEY)
+_slope = tuned(_slope_kernel, _TILES, _KEY)
 
 
 def linear_kl(
