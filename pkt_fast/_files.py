@@ -42,7 +42,10 @@ def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
 
 
 def _holds_working_directory(directory: Path) -> bool:
-    return Path.cwd().is_relative_to(directory.resolve())
+    try:
+        return Path.cwd().is_relative_to(directory.resolve())
+    except FileNotFoundError:  # the working directory was deleted: nothing holds it
+        return False
 
 
 @contextlib.contextmanager

@@ -41,6 +41,16 @@ def test_overwriting_never_empties_the_working_directory_or_one_above(tmp_path, 
     assert os.listdir(tmp_path) == ["work"]
 
 
+def test_a_deleted_working_directory_does_not_hinder_another_path(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    write(tmp_path / "out")
+    write(tmp_path / "out", overwrite=True, name="newer")
+    assert os.listdir(tmp_path / "out") == ["newer"]
+
+
 def test_a_mount_point_is_filled_in_place(tmp_path, monkeypatch):
     target = tmp_path / "mounted"
     (target / "old").mkdir(parents=True)
