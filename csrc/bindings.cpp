@@ -66,12 +66,20 @@ void grad_x_act(std::uintptr_t with_sign, std::uintptr_t absolute, std::int64_t 
   pkt::kernels().grad_x_act(job);
 }
 
-void row_cosine(std::uintptr_t cosines, std::int64_t rows, std::int64_t dim, std::uintptr_t x,
-                int x_dtype, std::int64_t x_stride, std::uintptr_t y, int y_dtype,
-                std::int64_t y_stride, std::uintptr_t dx, std::uintptr_t dy, int threads) {
-  pkt::RowCosine job{writable(cosines), rows,         dim,          address(x),
-                     x_dtype,           x_stride,     address(y),   y_dtype,
-                     y_stride,          writable(dx), writable(dy), threads};
+// (address, dtype, row stride)
+using RowsArgs = std::tuple<std::uintptr_t, int, std::int64_t>;
+
+pkt::Rows rows_of(const RowsArgs& x) {
+  return {address(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+// Addresses of 0 for the gradients that are not wanted, and for the weight when none is.
+void row_cosine(std::int64_t rows, std::int64_t dim, const RowsArgs& x, const RowsArgs& y,
+                std::uintptr_t cosines, std::uintptr_t weight, std::int64_t weight_stride,
+                std::uintptr_t dx, std::uintptr_t dy, int threads) {
+  pkt::RowCosine job{writable(cosines), address(weight), weight_stride, rows,
+                     dim,               rows_of(x),      rows_of(y),    writable(dx),
+                     writable(dy),      threads};
   py::gil_scoped_release unlocked;
   pkt::kernels().row_cosine(job);
 }

@@ -40,15 +40,20 @@ struct GradXAct {
   int threads;
 };
 
+// A (rows, dim) tensor whose last dimension is contiguous.
+struct Rows {
+  const void* data;
+  int dtype;
+  int64_t stride;
+};
+
+// Cosines c of the rows and, where wanted, the gradients of Σ weight·c.
 struct RowCosine {
-  void* cosines;
+  void* cosines;  // this and weight: double for double operands, else float
+  const void* weight;
+  int64_t weight_stride;
   int64_t rows, dim;
-  const void* x;
-  int x_dtype;
-  int64_t x_stride;
-  const void* y;
-  int y_dtype;
-  int64_t y_stride;
+  Rows x, y;
   void* dx;  // null when not wanted, else contiguous
   void* dy;
   int threads;

@@ -1,9 +1,9 @@
-"""cos(x_n, y_n) per row with both gradients, from one pass over both operands.
+"""cos(x_n, y_n) per row, alone or with weighted gradients, from one pass over both operands.
 
-c = x·y / (‖x‖‖y‖),  ∂c/∂x = (y/‖y‖ − c·x/‖x‖) / ‖x‖ and likewise for y.  A program holds its rows
-in registers, so each operand is read once and each wanted gradient written once.  Rows are scaled
-by a power of two near their largest element before anything is squared: no norm is too large or
-too small.
+c = x·y / (‖x‖‖y‖),  ∂c/∂x = (y/‖y‖ − c·x/‖x‖) / ‖x‖ and likewise for y, times the row's weight.  A
+program holds its rows in registers, so each operand is read once and each wanted gradient written
+once.  Rows are scaled by a power of two near their largest element before anything is squared: no
+norm is too large or too small.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ _TILES = [Tile({}, 8), Tile({}, 16, never_on=("gfx942",)), Tile({}, 4)]
 
 
 @triton.jit
-def _gradient(unit_other, cosine, unit, inverse_norm, scale, LIMIT: tl.constexpr):
-    """(ŷ − c·x̂)/‖x‖, saturated at the largest value of the dtype it is stored in."""
-    gradient = (unit_other - cosine[:, None] * unit) * inverse_norm[:, None] * scale[:, None]
+def _gradient(unit_other, cosine, unit, weight, inverse_norm, scale, LIMIT: tl.constexpr):
+    """w·(ŷ − c·x̂)/‖x‖, saturated at the largest value of the dtype it is stored in."""
+    gradient = (unit_other - cosine[:, None] * unit) * weight[:, None]
+    gradient = gradient * inverse_norm[:, None] * scale[:, None]
     return tl.clamp(gradient, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -41,6 +42,7 @@ def _gradient(unit_other, cosine, unit, inverse_norm, scale, LIMIT: tl.constexpr
 def _row_cosine_kernel(
     X,
     Y,
+    Weight,
     Cosine,
     GradX,
     GradY,
@@ -48,6 +50,7 @@ def _row_cosine_kernel(
     width,
     stride_x,
     stride_y,
+    stride_weight,
     GRAD_X: tl.constexpr,
     GRAD_Y: tl.constexpr,
     LIMIT_X: tl.constexpr,
@@ -79,11 +82,13 @@ def _row_cosine_kernel(
     tl.store(Cosine + row, cosine, mask=row < rows)
 
     at = row[:, None] * width + col[None, :]
+    if GRAD_X or GRAD_Y:
+        weight = tl.load(Weight + row * stride_weight, mask=row < rows, other=0.0)
     if GRAD_X:
-        gradient = _gradient(y, cosine, x, inverse_x, scale_x, LIMIT_X)
+        gradient = _gradient(y, cosine, x, weight, inverse_x, scale_x, LIMIT_X)
         tl.store(GradX + at, gradient.to(GradX.dtype.element_ty), mask=keep)
     if GRAD_Y:
-        gradient = _gradient(x, cosine, y, inverse_y, scale_y, LIMIT_Y)
+        gradient = _gradient(x, cosine, y, weight, inverse_y, scale_y, LIMIT_Y)
         tl.store(GradY + at, gradient.to(GradY.dtype.element_ty), mask=keep)
 
 
@@ -93,13 +98,13 @@ def _tile(width: int) -> tuple[int, int]:
     return max(1, 2048 // block_d), block_d
 
 
-def row_cosine_with_grad(
-    x: Tensor, y: Tensor, grad_x: bool, grad_y: bool
+def row_cosine_gradient(
+    x: Tensor, y: Tensor, weight: Tensor, grad_x: bool, grad_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (N,) in float32 of the rows of x and y (N, D), and their gradients in x and y.
+    """Cosines c (N,) in float32 of the rows of x and y (N, D), and gradients of Σ weight_n·c_n.
 
-    ``grad_x`` and ``grad_y`` say which gradients to write (N, D, in the operand's dtype); the
-    others come back empty.  A zero row has cosine 0 and no gradient.
+    ``weight`` (N,) is float32.  ``grad_x`` and ``grad_y`` say which gradients to write (N, D, in
+    the operand's dtype); the others come back empty.  A zero row has cosine 0 and no gradient.
     """
     rows, width = x.shape
     cosines = x.new_zeros(rows, dtype=torch.float32)
@@ -111,7 +116,7 @@ def row_cosine_with_grad(
     block_n, block_d = _tile(width)
     with device_of(x):
         _row_cosine_kernel[(triton.cdiv(rows, block_n),)](
-            x, y, cosines, dx, dy, rows, width, x.stride(0), y.stride(0),
+            x, y, weight, cosines, dx, dy, rows, width, x.stride(0), y.stride(0), weight.stride(0),
             GRAD_X=grad_x,
             GRAD_Y=grad_y,
             LIMIT_X=torch.finfo(x.dtype).max,
@@ -124,7 +129,7 @@ def row_cosine_with_grad(
 
 def row_cosine(x: Tensor, y: Tensor) -> Tensor:
     """Cosines (N,) of the rows of x and y (N, D), without gradients."""
-    return row_cosine_with_grad(x, y, False, False)[0]
+    return row_cosine_gradient(x, y, x.new_empty(0, dtype=torch.float32), False, False)[0]
 
 
 def aot_specs(target: Target) -> list[KernelSpec]:
@@ -137,6 +142,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             args={
                 "X": f"*{name}:16",
                 "Y": f"*{name}:16",
+                "Weight": "*fp32:16",
                 "Cosine": "*fp32:16",
                 "GradX": f"*{name}:16",
                 "GradY": f"*{name}:16",
@@ -144,6 +150,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "width": "i32:16",
                 "stride_x": "i32:16",
                 "stride_y": "i32:16",
+                "stride_weight": "i32",
             },
             constexprs={
                 "GRAD_X": True,

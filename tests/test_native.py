@@ -16,7 +16,8 @@ import sys
 import torch
 from op_cases import DTYPES, capture, injection, pair, poison
 from pkt_fast import _native, ops
-from pkt_fast.ops.row_cosine import row_cosine_with_grad
+from pkt_fast.ops._native import accumulator
+from pkt_fast.ops.row_cosine import row_cosine_gradient
 
 torch.set_num_threads(1)
 results = {"isa": _native.build_info()["isa"]}
@@ -31,8 +32,9 @@ with ops.backend("native"):
                 results[f"capture {dtype} {out_dtype} {operands}"] = out
         x, y = pair(dtype, dtype, 6, 257)
         names = ("cosine", "dx", "dy")
+        weight = torch.linspace(-2, 1, 6, dtype=accumulator(x, y))
         results |= {f"{n} {dtype}": t
-                    for n, t in zip(names, row_cosine_with_grad(x, y, True, True))}
+                    for n, t in zip(names, row_cosine_gradient(x, y, weight, True, True))}
         x, y = x[3:], y[:3]
         results |= {f"g·a {n} {dtype}": t
                     for n, t in enumerate(ops.grad_x_act(x[None], y[None]))}

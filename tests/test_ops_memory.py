@@ -26,8 +26,9 @@ from op_cases import (
 
 from pkt_fast import ops, reference
 from pkt_fast.errors import PktFastError, ShapeError
+from pkt_fast.ops._native import accumulator
 from pkt_fast.ops.inject import philox_words, round_stochastically
-from pkt_fast.ops.row_cosine import row_cosine_with_grad
+from pkt_fast.ops.row_cosine import row_cosine_gradient
 
 BACKENDS = ("reference", "native")
 
@@ -301,8 +302,10 @@ def test_row_cosine(backend, x_dtype, y_dtype):
         x, y = pair(x_dtype, y_dtype, rows, width)
         wide_x, wide_y = x.double().requires_grad_(), y.double().requires_grad_()
         expected = reference.row_cosine(wide_x, wide_y)
-        expected.sum().backward()
-        cosines, dx, dy = row_cosine_with_grad(x, y, True, True)
+        weight = torch.linspace(-2, 1, rows, dtype=expected.dtype).to(accumulator(x, y))
+        (expected * weight).sum().backward()
+        cosines, dx, dy = row_cosine_gradient(x, y, weight, True, True)
+        assert torch.equal(ops.row_cosine(x, y), cosines)
         tolerance = accumulator_eps(x_dtype) * (4 + math.sqrt(width))
         assert cosines.dtype == (torch.float64 if x_dtype == torch.float64 else torch.float32)
         assert (cosines.double() - expected).abs().max() <= tolerance
@@ -314,9 +317,9 @@ def test_row_cosine(backend, x_dtype, y_dtype):
             assert bool(got.isfinite().all())
             zero = (operand == 0).all(1) | (other == 0).all(1)
             assert bool((got[zero] == 0).all())
-            # Relative to 1/‖x‖, and no further than the dtype reaches.
+            # Relative to w/‖x‖, and no further than the dtype reaches.
             top = torch.finfo(operand.dtype).max
-            scale = 1 / operand.double().norm(dim=1, keepdim=True)
+            scale = weight.abs()[:, None] / operand.double().norm(dim=1, keepdim=True)
             grad = grad.clamp(-top, top)
             bound = scale * tolerance * 4 + eps(operand.dtype) * grad.abs() + 1e-7 * (
                 operand.dtype == torch.float16
@@ -327,7 +330,7 @@ def test_row_cosine(backend, x_dtype, y_dtype):
 
 def test_row_cosine_unwanted_gradients_are_empty(backend):
     x, y = pair(torch.float32, torch.float32, 4, 8)
-    _, dx, dy = row_cosine_with_grad(x, y, False, True)
+    _, dx, dy = row_cosine_gradient(x, y, torch.ones(4), False, True)
     assert dx.numel() == 0
     assert dy.shape == y.shape
 
@@ -350,11 +353,41 @@ def test_row_cosine_backward_scales_rows(backend):
     wide = [t.detach().double().requires_grad_() for t in (x, y)]
     (reference.row_cosine(*wide) * weights).sum().backward()
     assert x.grad.dtype == torch.bfloat16
-    # Two roundings to bfloat16: the stored unit gradient and its product with the row's weight.
-    assert torch.allclose(x.grad.double(), wide[0].grad, rtol=2 * eps(torch.bfloat16), atol=1e-6)
+    # One rounding to bfloat16.
+    assert torch.allclose(x.grad.double(), wide[0].grad, rtol=eps(torch.bfloat16) / 2, atol=1e-6)
     assert torch.allclose(y.grad.double(), wide[1].grad, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         assert not ops.row_cosine(x, y).requires_grad
+
+
+def test_row_cosine_weights_of_any_size(backend):
+    """Rows of weight 0 have no gradient, however small they are; a NaN or a huge weight shows."""
+    x = torch.tensor([[1e-30, 0.0], [1e-45, 0.0], [3.0, 4.0], [3.0, 4.0], [3.0, 4.0]])
+    y = torch.tensor([[1.0, 1.0]]).expand(5, 2)
+    weight = torch.tensor([0.0, 0.0, 1e30, 3e38, math.nan])
+    _, dx, _ = row_cosine_gradient(x, y, weight, True, False)
+    assert bool((dx[:2] == 0).all())
+    unit = torch.tensor([3.0, 4.0], dtype=torch.float64) / 5
+    other = torch.ones(2, dtype=torch.float64) / math.sqrt(2)
+    exact = (other - (unit @ other) * unit) / 5
+    assert torch.allclose(dx[2:4].double() / weight[2:4, None].double(), exact, rtol=1e-5)
+    assert bool(dx[4].isnan().all())
+
+
+def test_row_cosine_has_no_second_derivative(backend):
+    x, y = pair(torch.float64, torch.float64, 4, 8)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(ops.row_cosine(x, y).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(2), torch.ones(3, 1), torch.ones(3, dtype=torch.float64)]
+)
+def test_row_cosine_gradient_refuses(backend, weight):
+    with pytest.raises(ShapeError, match="weight"):
+        row_cosine_gradient(torch.ones(3, 4), torch.ones(3, 4), weight, True, True)
 
 
 def test_row_cosine_strides_and_nothing(backend):
@@ -365,7 +398,7 @@ def test_row_cosine_strides_and_nothing(backend):
         (base[:, :8].T, base[:, 8:16]),
         (base[:1].expand(8, 40), base),
     ):
-        got = row_cosine_with_grad(x, y, True, True)
+        got = row_cosine_gradient(x, y, torch.ones(1).expand(len(x)), True, True)
         wide = [t.double().clone().requires_grad_() for t in (x, y)]
         expected = reference.row_cosine(*wide)
         expected.sum().backward()
@@ -565,7 +598,7 @@ def test_devices_must_match():
     with pytest.raises(ShapeError, match="meta"):
         modules["grad_x_act"]._run(here, there)
     with pytest.raises(ShapeError, match="meta"):
-        modules["row_cosine"]._run(here[0], there[0], True, True)
+        modules["row_cosine"]._run(here[0], there[0])
     with pytest.raises(ShapeError, match="meta"):
         modules["inject"]._run([here[0]], [there[0, :1]], [torch.ones(3, 1)], [1.0], [False], [], 0)
 
@@ -580,14 +613,18 @@ def operators():
     return {
         "capture_rows": (namespace.capture_rows, (torch.zeros(9, 16), 1, *case.arguments())),
         "grad_x_act": (namespace.grad_x_act, (x.detach()[None], y.detach()[None])),
-        "row_cosine": (namespace.row_cosine_with_grad, (x, y, True, True)),
-        "row_cosine, one side": (namespace.row_cosine_with_grad, (x, y.detach(), True, False)),
+        "row_cosine": (namespace.row_cosine, (x, y)),
+        "row_cosine, one side": (namespace.row_cosine, (x, y.detach())),
+        "row_cosine_gradient": (
+            namespace.row_cosine_gradient, (x.detach(), y.detach(), torch.ones(3), True, False),
+        ),
         "inject_": (namespace.inject_, (*small, [0.5], [False], [torch.zeros(4, 6)], None)),
     }
 
 
 @pytest.mark.parametrize("name", ["capture_rows", "grad_x_act", "row_cosine",
-                                  "row_cosine, one side", "inject_"])  # fmt: skip
+                                  "row_cosine, one side", "row_cosine_gradient",
+                                  "inject_"])  # fmt: skip
 def test_opcheck(backend, name):
     operator, arguments = operators()[name]
     torch.library.opcheck(operator, arguments)

@@ -1,4 +1,5 @@
-// Cosine of every pair of rows and its gradients: each row is read from memory once.
+// Cosine of every pair of rows and gradients of their weighted sum: each row is read from memory
+// once, and a gradient is formed while its rows are in the L1 cache.
 #include "cpu/simd.h"
 
 namespace pkt {
@@ -58,33 +59,6 @@ double largest_of(const T* x, int64_t dim) {
   return largest;
 }
 
-// The gradient in x, ±top at most: where it exceeds the dtype it must not become inf, and then NaN
-// when it is multiplied by a row's zero weight.
-template <class X, class Y, class Scalar, class Vector>
-void gradient(const X* x, const Y* y, int64_t dim, Scalar from_x, Scalar from_y, Scalar top, X* out) {
-  const Vector fx = splat(from_x), fy = splat(from_y), limit = splat(top);
-  int64_t i = 0;
-  for (; i + Vector::width <= dim; i += Vector::width) {
-    store(out + i, clamp(fma(load(x + i), fx, load(y + i) * fy), limit));
-  }
-  for (; i < dim; ++i) {
-    const Scalar g = Scalar(widen(x[i])) * from_x + Scalar(widen(y[i])) * from_y;
-    narrow(g > top ? top : g < -top ? -top : g, out + i);
-  }
-}
-
-template <class X, class Y>
-void exact_gradient(const X* x, const Y* y, int64_t dim, Length length_x, Length length_y,
-                    double cosine, double top, X* out) {
-  using Scalar = typename Math<X>::Scalar;
-  for (int64_t i = 0; i < dim; ++i) {
-    const double unit_x = double(widen(x[i])) / length_x.largest / length_x.relative;
-    const double unit_y = double(widen(y[i])) / length_y.largest / length_y.relative;
-    const double g = (unit_y - cosine * unit_x) / length_x.relative / length_x.largest;
-    narrow(Scalar(g > top ? top : g < -top ? -top : g), out + i);
-  }
-}
-
 template <class T>
 struct Top {
   static constexpr float value = 3.4028234663852886e38f;
@@ -102,14 +76,43 @@ struct Top<f16> {
   static constexpr float value = 65504;
 };
 
+PKT_INLINE double clamp(double x, double top) { return x > top ? top : x < -top ? -top : x; }
+
+// The weighted gradient in x, ±top at most: beyond its dtype it must not become inf.
+template <class X, class Y, class Scalar, class Vector>
+void gradient(const X* x, const Y* y, int64_t dim, Scalar from_x, Scalar from_y, Scalar top, X* out) {
+  const Vector fx = splat(from_x), fy = splat(from_y), limit = splat(top);
+  int64_t i = 0;
+  for (; i + Vector::width <= dim; i += Vector::width) {
+    store(out + i, clamp(fma(load(x + i), fx, load(y + i) * fy), limit));
+  }
+  for (; i < dim; ++i) {
+    const Scalar g = Scalar(widen(x[i])) * from_x + Scalar(widen(y[i])) * from_y;
+    narrow(Scalar(clamp(double(g), double(top))), out + i);
+  }
+}
+
+template <class X, class Y>
+void exact_gradient(const X* x, const Y* y, int64_t dim, Length length_x, Length length_y,
+                    double cosine, double weight, double top, X* out) {
+  using Scalar = typename Math<X>::Scalar;
+  for (int64_t i = 0; i < dim; ++i) {
+    const double unit_x = double(widen(x[i])) / length_x.largest / length_x.relative;
+    const double unit_y = double(widen(y[i])) / length_y.largest / length_y.relative;
+    const double g = (unit_y - cosine * unit_x) / length_x.relative / length_x.largest;
+    // Within double before it meets a weight of zero.
+    narrow(Scalar(clamp(clamp(g, Top<double>::value) * weight, top)), out + i);
+  }
+}
+
 template <class T>
 void zero(T* out, int64_t dim) {
   if (out) std::memset(out, 0, size_t(dim) * sizeof(T));
 }
 
-// A row float32 cannot square, in double; returns its cosine.
+// A row that Scalar cannot square, or a huge weight, in double; returns the cosine.
 template <class X, class Y>
-double extreme_row(const X* x, const Y* y, int64_t dim, X* dx, Y* dy) {
+double extreme_row(const X* x, const Y* y, int64_t dim, double weight, X* dx, Y* dy) {
   const double top_x = largest_of(x, dim), top_y = largest_of(y, dim);
   if (top_x == 0 || top_y == 0) {
     zero(dx, dim);
@@ -125,58 +128,64 @@ double extreme_row(const X* x, const Y* y, int64_t dim, X* dx, Y* dy) {
   }
   const Length length_x{top_x, std::sqrt(m.xx)}, length_y{top_y, std::sqrt(m.yy)};
   const double cosine = m.xy / length_x.relative / length_y.relative;
-  if (dx) exact_gradient(x, y, dim, length_x, length_y, cosine, Top<X>::value, dx);
-  if (dy) exact_gradient(y, x, dim, length_y, length_x, cosine, Top<Y>::value, dy);
+  if (dx) exact_gradient(x, y, dim, length_x, length_y, cosine, weight, Top<X>::value, dx);
+  if (dy) exact_gradient(y, x, dim, length_y, length_x, cosine, weight, Top<Y>::value, dy);
   return cosine;
 }
 
 template <class X, class Y>
-void cosines(const RowCosine& job) {
+void compare(const RowCosine& job) {
   using Vector = typename Math<X>::Vector;
   using Scalar = typename Math<X>::Scalar;
   // Squared lengths outside these bounds lose digits in Scalar.
   const double low = sizeof(Scalar) == 4 ? 1e-20 : 1e-250;
   const double high = sizeof(Scalar) == 4 ? 1e37 : 1e300;
+  // A larger weight times 1/‖x‖² might not be finite.
+  const double heaviest = sizeof(Scalar) == 4 ? 1e15 : 1e50;
   const int64_t dim = job.dim;
+  const Scalar* const weights = static_cast<const Scalar*>(job.weight);
+  Scalar* const cosines = static_cast<Scalar*>(job.cosines);
 #pragma omp parallel for num_threads(job.threads) schedule(static)
   for (int64_t n = 0; n < job.rows; ++n) {
-    const X* const x = static_cast<const X*>(job.x) + n * job.x_stride;
-    const Y* const y = static_cast<const Y*>(job.y) + n * job.y_stride;
+    const X* const x = static_cast<const X*>(job.x.data) + n * job.x.stride;
+    const Y* const y = static_cast<const Y*>(job.y.data) + n * job.y.stride;
     const bool last = n + 1 == job.rows;
     X* const dx = job.dx ? static_cast<X*>(job.dx) + n * dim : nullptr;
     Y* const dy = job.dy ? static_cast<Y*>(job.dy) + n * dim : nullptr;
-    Scalar* const cosine = static_cast<Scalar*>(job.cosines) + n;
+    const double weight = weights ? double(weights[n * job.weight_stride]) : 0;
     const Moments m =
-        moments(x, y, last ? x : x + job.x_stride, last ? y : y + job.y_stride, dim);
-    if (m.xx >= low && m.xx <= high && m.yy >= low && m.yy <= high) {
+        moments(x, y, last ? x : x + job.x.stride, last ? y : y + job.y.stride, dim);
+    const bool ordinary = m.xx >= low && m.xx <= high && m.yy >= low && m.yy <= high;
+    double c;
+    if (ordinary && std::fabs(weight) <= heaviest) {
       const double scale_x = 1 / std::sqrt(m.xx), scale_y = 1 / std::sqrt(m.yy);
-      const double c = m.xy * scale_x * scale_y;
-      *cosine = Scalar(c);
-      const Scalar cross = Scalar(scale_x * scale_y);
-      const Scalar along_x = Scalar(-c * scale_x * scale_x);
-      const Scalar along_y = Scalar(-c * scale_y * scale_y);
+      c = m.xy * scale_x * scale_y;
+      const Scalar cross = Scalar(weight * scale_x * scale_y);
+      const Scalar along_x = Scalar(-weight * c * scale_x * scale_x);
+      const Scalar along_y = Scalar(-weight * c * scale_y * scale_y);
       if (dx) gradient<X, Y, Scalar, Vector>(x, y, dim, along_x, cross, Top<X>::value, dx);
       if (dy) gradient<Y, X, Scalar, Vector>(y, x, dim, along_y, cross, Top<Y>::value, dy);
     } else {
-      *cosine = Scalar(extreme_row(x, y, dim, dx, dy));
+      c = extreme_row(x, y, dim, weight, dx, dy);
     }
+    cosines[n] = Scalar(c);
   }
 }
 
 template <class X>
-void cosines_with(const RowCosine& job) {
-  if (job.y_dtype == kFloat32) cosines<X, float>(job);
-  if (job.y_dtype == kBFloat16) cosines<X, bf16>(job);
-  if (job.y_dtype == kFloat16) cosines<X, f16>(job);
+void compare_with(const RowCosine& job) {
+  if (job.y.dtype == kFloat32) compare<X, float>(job);
+  if (job.y.dtype == kBFloat16) compare<X, bf16>(job);
+  if (job.y.dtype == kFloat16) compare<X, f16>(job);
 }
 
 }  // namespace
 
 void row_cosine(const RowCosine& job) {
-  if (job.x_dtype == kFloat32) cosines_with<float>(job);
-  if (job.x_dtype == kBFloat16) cosines_with<bf16>(job);
-  if (job.x_dtype == kFloat16) cosines_with<f16>(job);
-  if (job.x_dtype == kFloat64) cosines<double, double>(job);
+  if (job.x.dtype == kFloat32) compare_with<float>(job);
+  if (job.x.dtype == kBFloat16) compare_with<bf16>(job);
+  if (job.x.dtype == kFloat16) compare_with<f16>(job);
+  if (job.x.dtype == kFloat64) compare<double, double>(job);
 }
 
 }  // namespace PKT_ISA

@@ -116,8 +116,9 @@ PKT_INLINE F32 operator-(F32 a, F32 b) { return {_mm512_sub_ps(a.r, b.r)}; }
 PKT_INLINE F32 operator*(F32 a, F32 b) { return {_mm512_mul_ps(a.r, b.r)}; }
 PKT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.r, b.r, c.r)}; }
 PKT_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.r)}; }
+// A NaN stays one: these instructions return their second operand beside it.
 PKT_INLINE F32 clamp(F32 a, F32 limit) {
-  return {_mm512_max_ps(_mm512_min_ps(a.r, limit.r), _mm512_sub_ps(_mm512_setzero_ps(), limit.r))};
+  return {_mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), limit.r), _mm512_min_ps(limit.r, a.r))};
 }
 PKT_INLINE float sum(F32 a) { return _mm512_reduce_add_ps(a.r); }
 PKT_INLINE int equal_lanes(F32 a, F32 b) {
@@ -179,8 +180,9 @@ PKT_INLINE F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.r, b.r)}; }
 PKT_INLINE F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.r, b.r)}; }
 PKT_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.r, b.r, c.r)}; }
 PKT_INLINE F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.r)}; }
+// A NaN stays one: these instructions return their second operand beside it.
 PKT_INLINE F32 clamp(F32 a, F32 limit) {
-  return {_mm256_max_ps(_mm256_min_ps(a.r, limit.r), _mm256_sub_ps(_mm256_setzero_ps(), limit.r))};
+  return {_mm256_max_ps(_mm256_sub_ps(_mm256_setzero_ps(), limit.r), _mm256_min_ps(limit.r, a.r))};
 }
 PKT_INLINE float sum(F32 a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a.r), _mm256_extractf128_ps(a.r, 1));

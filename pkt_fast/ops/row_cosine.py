@@ -1,9 +1,12 @@
-"""Row cosine: cos(x_n, y_n) for every row, its gradients computed in the same pass.
+"""Row cosine: cos(x_n, y_n) for every row, its gradients weighted as they are formed.
 
     c = x·y / (‖x‖‖y‖),    ∂c/∂x = (y/‖y‖ − c·x/‖x‖) / ‖x‖,    0 for both where a row is zero
 
-The op ``row_cosine_with_grad`` returns the cosines together with the unscaled gradients of the
-operands that need one; its backward only multiplies them by the incoming gradient of each row.
+The forward pass reads both operands once and writes N numbers.  The backward pass reads them once
+more, forms the row's cosine again while the row is at hand, and writes each gradient once, already
+multiplied by the row's incoming gradient.  Keeping ∂c/∂x from the forward pass would move as many
+bytes (the scaling reads and writes it) and hold an N×D array for the whole backward pass.  Where
+the row weights of the loss are known beforehand, :func:`row_cosine_gradient` is the one pass.
 """
 
 from __future__ import annotations
@@ -26,34 +29,42 @@ from ._native import (
 from ._registry import dispatch, implementation, triton_implementation
 
 _library = torch.library.Library("pkt_fast", "FRAGMENT")
+_library.define("row_cosine(Tensor x, Tensor y) -> Tensor")
 _library.define(
-    "row_cosine_with_grad(Tensor x, Tensor y, bool grad_x, bool grad_y) -> (Tensor, Tensor, Tensor)"
+    "row_cosine_gradient(Tensor x, Tensor y, Tensor weight, bool grad_x, bool grad_y) "
+    "-> (Tensor, Tensor, Tensor)"
 )
-_with_grad: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
-    torch.ops.pkt_fast.row_cosine_with_grad.default
+_row_cosine: Callable[..., Tensor] = torch.ops.pkt_fast.row_cosine.default
+_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]] = (
+    torch.ops.pkt_fast.row_cosine_gradient.default
 )
 
 
 def row_cosine(x: Tensor, y: Tensor) -> Tensor:
-    """cos(x_n, y_n) for every row of x and y (N, D) -> (N,); differentiable in both.
+    """cos(x_n, y_n) for every row of x and y (N, D) -> (N,); differentiable once in both.
 
     In float32 (float64 when either input is); the inputs' dtypes may differ.  A row whose x or y is
     zero has cosine 0 and no gradient.
 
     Raises :class:`~pkt_fast.errors.ShapeError` when shapes or devices differ.
     """
-    wanted = torch.is_grad_enabled()
-    return _with_grad(x, y, wanted and x.requires_grad, wanted and y.requires_grad)[0]
+    return _row_cosine(x, y)
 
 
-def row_cosine_with_grad(
-    x: Tensor, y: Tensor, grad_x: bool, grad_y: bool
+def row_cosine_gradient(
+    x: Tensor, y: Tensor, weight: Tensor, grad_x: bool, grad_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosines (N,), ∂c/∂x and ∂c/∂y (N, D) in the operands' dtypes; (0,) where not wanted."""
-    return _with_grad(x, y, grad_x, grad_y)
+    """Cosines c (N,) and the gradients of Σ weight_n·c_n in x and y, from one pass over both.
+
+    weight (N,) in the dtype of the cosines; gradients (N, D) in the operands' dtypes, saturated at
+    their largest values, and (0,) where not wanted.  Not differentiable.
+
+    Raises :class:`~pkt_fast.errors.ShapeError` when shapes, dtypes or devices do not fit.
+    """
+    return _gradient(x, y, weight, grad_x, grad_y)
 
 
-def _run(x: Tensor, y: Tensor, grad_x: bool, grad_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _check(x: Tensor, y: Tensor) -> None:
     if x.dim() != 2 or x.shape != y.shape:
         raise ShapeError(
             f"row_cosine: x {tuple(x.shape)} and y {tuple(y.shape)} must both be (N, D)"
@@ -62,67 +73,99 @@ def _run(x: Tensor, y: Tensor, grad_x: bool, grad_y: bool) -> tuple[Tensor, Tens
         raise ShapeError(f"row_cosine: x is on {x.device}, y on {y.device}")
     if not (x.is_floating_point() and y.is_floating_point()):
         raise ShapeError(f"row_cosine: {x.dtype} and {y.dtype} must both be float dtypes")
-    return dispatch("row_cosine_with_grad", x, x, y, grad_x, grad_y)
 
 
-def _outputs(x: Tensor, y: Tensor, grad_x: bool, grad_y: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run(x: Tensor, y: Tensor) -> Tensor:
+    _check(x, y)
+    return dispatch("row_cosine", x, x, y)
+
+
+def _run_gradient(
+    x: Tensor, y: Tensor, weight: Tensor, grad_x: bool, grad_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, y)
+    wanted = (x.shape[:1], accumulator(x, y), x.device)
+    if (weight.shape, weight.dtype, weight.device) != wanted:
+        raise ShapeError(
+            f"row_cosine_gradient: weight is {weight.dtype} {tuple(weight.shape)} on "
+            f"{weight.device}; expected {wanted[1]} ({len(x)},) on {x.device}"
+        )
+    return dispatch("row_cosine_gradient", x, x, y, weight, grad_x, grad_y)
+
+
+def _output(x: Tensor, y: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=accumulator(x, y))
+
+
+def _outputs(
+    x: Tensor, y: Tensor, weight: Tensor, grad_x: bool, grad_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
-        x.new_empty(x.shape[0], dtype=accumulator(x, y)),
+        _output(x, y),
         x.new_empty(x.shape if grad_x else (0,)),
         y.new_empty(y.shape if grad_y else (0,)),
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
-    scaled = [
-        (grad[:, None] * saved).to(saved.dtype) if wanted else None
-        for saved, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-    ]
-    return *scaled, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    grad_x, grad_y = ctx.needs_input_grad
+    _, dx, dy = _gradient(*ctx.saved_tensors, grad, grad_x, grad_y)
+    return dx if grad_x else None, dy if grad_y else None
 
 
-_library.impl("row_cosine_with_grad", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("pkt_fast::row_cosine_with_grad", _outputs, lib=_library)
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError("row_cosine has no second derivative")
+
+
+_library.impl("row_cosine", _run, "CompositeExplicitAutograd")
+_library.impl("row_cosine_gradient", _run_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("pkt_fast::row_cosine", _output, lib=_library)
+torch.library.register_fake("pkt_fast::row_cosine_gradient", _outputs, lib=_library)
 torch.library.register_autograd(
-    "pkt_fast::row_cosine_with_grad", _backward, setup_context=_setup_context, lib=_library
+    "pkt_fast::row_cosine", _backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd(
+    "pkt_fast::row_cosine_gradient", _no_second_derivative, lib=_library
 )
 
 
-@implementation("row_cosine_with_grad", "reference")
-def _row_cosine_reference(
-    x: Tensor, y: Tensor, grad_x: bool, grad_y: bool
+def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1 (zero rows stay zero) and their inverse lengths, in float64."""
+    norm = rows.double().norm(dim=-1, keepdim=True)
+    inverse = torch.where(norm > 0, 1 / norm, 0.0)
+    return rows.double() * inverse, inverse
+
+
+@implementation("row_cosine", "reference")
+def _row_cosine_reference(x: Tensor, y: Tensor) -> Tensor:
+    return (_unit_rows(x)[0] * _unit_rows(y)[0]).sum(-1).to(accumulator(x, y))
+
+
+@implementation("row_cosine_gradient", "reference")
+def _gradient_reference(
+    x: Tensor, y: Tensor, weight: Tensor, grad_x: bool, grad_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    def inverse_norm(rows: Tensor) -> Tensor:
-        norm = rows.norm(dim=-1, keepdim=True)
-        return torch.where(norm > 0, 1 / norm, 0.0)
+    (unit_x, inverse_x), (unit_y, inverse_y) = _unit_rows(x), _unit_rows(y)
+    cosines = (unit_x * unit_y).sum(-1)
 
     def gradient(unit: Tensor, other: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
-        exact = (other - cosines[:, None] * unit) * inverse
-        if dtype != torch.float64:
-            limit = torch.finfo(dtype).max
-            exact = exact.clamp(-limit, limit)
+        exact = weight.double()[:, None] * ((other - cosines[:, None] * unit) * inverse)
+        limit = torch.finfo(dtype).max
         zero_other = (other == 0).all(-1, keepdim=True)
-        return exact.masked_fill(zero_other, 0).to(dtype)
+        return exact.clamp(-limit, limit).masked_fill(zero_other, 0).to(dtype)
 
-    inverse_x, inverse_y = inverse_norm(x.double()), inverse_norm(y.double())
-    unit_x, unit_y = x.double() * inverse_x, y.double() * inverse_y
-    cosines = (unit_x * unit_y).sum(-1)
     return (
-        cosines.to(accumulator(x, y)),
+        cosines.to(weight.dtype),
         gradient(unit_x, unit_y, inverse_x, x.dtype) if grad_x else x.new_empty(0),
         gradient(unit_y, unit_x, inverse_y, y.dtype) if grad_y else y.new_empty(0),
     )
 
 
-def _native_takes(x: Tensor, y: Tensor, grad_x: bool, grad_y: bool) -> bool:
+def _native_takes(x: Tensor, y: Tensor, *rest: Any) -> bool:
     """float32, bfloat16 and float16 in any mixture, or float64 twice."""
     return (
         x.dtype in DTYPE_CODES
@@ -131,24 +174,37 @@ def _native_takes(x: Tensor, y: Tensor, grad_x: bool, grad_y: bool) -> bool:
     )
 
 
+def _described(x: Tensor) -> tuple[int, int, int]:
+    """``pkt::Rows``."""
+    return x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0)
+
+
 if (_native_row_cosine := native_kernel("row_cosine")) is not None:
 
-    @implementation("row_cosine_with_grad", "native", supports=_native_takes)
-    def _row_cosine_native(
-        x: Tensor, y: Tensor, grad_x: bool, grad_y: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        cosines, dx, dy = _outputs(x, y, grad_x, grad_y)
+    @implementation("row_cosine", "native", supports=_native_takes)
+    def _row_cosine_native(x: Tensor, y: Tensor) -> Tensor:
+        cosines = _output(x, y)
         x, y = rows_contiguous(x), rows_contiguous(y)
-        rows, dim = x.shape
-        item_bytes = x.element_size() * (1 + grad_x) + y.element_size() * (1 + grad_y)
         _native_row_cosine(
-            cosines.data_ptr(), rows, dim,
-            x.data_ptr(), DTYPE_CODES[x.dtype], x.stride(0),
-            y.data_ptr(), DTYPE_CODES[y.dtype], y.stride(0),
+            *x.shape, _described(x), _described(y), cosines.data_ptr(), 0, 0, 0, 0,
+            threads_for(x.nbytes + y.nbytes),
+        )
+        return cosines
+
+    @implementation("row_cosine_gradient", "native", supports=_native_takes)
+    def _gradient_native(
+        x: Tensor, y: Tensor, weight: Tensor, grad_x: bool, grad_y: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cosines, dx, dy = _outputs(x, y, weight, grad_x, grad_y)
+        x, y = rows_contiguous(x), rows_contiguous(y)
+        _native_row_cosine(
+            *x.shape, _described(x), _described(y), cosines.data_ptr(),
+            weight.data_ptr(), weight.stride(0),
             dx.data_ptr() if grad_x else 0, dy.data_ptr() if grad_y else 0,
-            threads_for(rows * dim * item_bytes),
+            threads_for(x.nbytes + y.nbytes + dx.nbytes + dy.nbytes),
         )
         return cosines, dx, dy
 
 
-triton_implementation("row_cosine_with_grad", "row_cosine", supports=up_to_32_bits)
+triton_implementation("row_cosine", "row_cosine", supports=up_to_32_bits)
+triton_implementation("row_cosine_gradient", "row_cosine", supports=up_to_32_bits)

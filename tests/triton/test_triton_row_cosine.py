@@ -10,11 +10,16 @@ kernel = pytest.importorskip("pkt_fast.kernels.row_cosine")
 
 
 def check(x, y):
-    """Cosines and both gradients, whose errors are measured against 1/‖row‖, their natural size."""
-    cosines, dx, dy = kernel.row_cosine_with_grad(x, y, True, True)
+    """Cosines and both gradients, whose errors are measured against 1/‖row‖, their natural size.
+
+    Every row has another weight, up to 2.
+    """
+    weight = torch.linspace(-2, 1, len(x), device=x.device)
+    cosines, dx, dy = kernel.row_cosine_gradient(x, y, weight, True, True)
+    assert torch.equal(kernel.row_cosine(x, y), cosines)
     exact_x, exact_y = (z.double().detach().requires_grad_() for z in (x, y))
     expected = reference.row_cosine(exact_x, exact_y)
-    expected.sum().backward()
+    (expected * weight).sum().backward()
     assert cosines.dtype == torch.float32
     assert_close(cosines, expected.detach(), bound(torch.float32, x.shape[1]))
     for got, exact in ((dx, exact_x), (dy, exact_y)):
@@ -56,28 +61,32 @@ def test_offsets_beyond_32_bits(device):
 
 def test_parallel_rows_have_no_gradient(device):
     x = rows(4, 50, torch.float32, device)
-    cosines, dx, _ = kernel.row_cosine_with_grad(x, -3 * x, True, False)
+    weight = torch.ones(1, device=device).expand(4)
+    cosines, dx, _ = kernel.row_cosine_gradient(x, -3 * x, weight, True, False)
     assert_close(cosines, -torch.ones(4, device=device).double(), bound(torch.float32, 50))
     assert_close(dx, torch.zeros_like(x).double(), bound(torch.float32, 50))
 
 
 def test_only_wanted_gradients_are_written(device):
     x, y = rows(4, 5, torch.float32, device), rows(4, 5, torch.float16, device)
-    _, dx, dy = kernel.row_cosine_with_grad(x, y, False, True)
+    _, dx, dy = kernel.row_cosine_gradient(x, y, torch.ones(4, device=device), False, True)
     assert dx.shape == (0,)
     assert dy.shape == (4, 5)
 
 
 def test_smallest_float_saturates_instead_of_overflowing(device):
-    x = torch.zeros(1, 4, device=device)
-    x[0, 0] = 1e-45
-    _, dx, _ = kernel.row_cosine_with_grad(x, torch.ones(1, 4, device=device), True, False)
+    x = torch.zeros(2, 4, device=device)
+    x[:, 0] = 1e-45
+    weight = torch.tensor([1.0, 0.0], device=device)
+    _, dx, _ = kernel.row_cosine_gradient(x, torch.ones(2, 4, device=device), weight, True, False)
     assert dx.isfinite().all()
+    assert (dx[1] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
 def test_empty(shape, device):
     zeros = torch.zeros(2, *shape, device=device)
-    cosines, dx, dy = kernel.row_cosine_with_grad(*zeros, True, True)
+    weight = torch.ones(shape[0], device=device)
+    cosines, dx, dy = kernel.row_cosine_gradient(*zeros, weight, True, True)
     assert cosines.tolist() == [0.0] * shape[0]
     assert dx.shape == dy.shape == shape
