@@ -157,6 +157,24 @@ def test_capture_strided_inputs_and_outputs(backend):
     assert torch.equal(out, base[:, :, 1].reshape(24, 24)[index])
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_capture_converts_exactly(backend, dtype):
+    """Every 16-bit value to float32, and float32 at and beside every tie back, as torch does."""
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)[None]
+    wide = torch.empty(1, 1 << 16)
+    ops.capture_rows(wide, 0, torch.tensor([0]), every)
+    torch.testing.assert_close(wide, every.float(), rtol=0, atol=0, equal_nan=True)
+
+    finite = every[every.isfinite()].double().unique()
+    step = finite[-1] - finite[-2]
+    ties = (torch.cat([finite[:1] - step, finite]) + torch.cat([finite, finite[-1:] + step])) / 2
+    bits = ties.float().view(torch.int32)
+    values = torch.stack([bits - 1, bits, bits + 1]).view(torch.float32)
+    narrow = torch.empty(values.shape, dtype=dtype)
+    ops.capture_rows(narrow, 0, torch.arange(len(values)), values)
+    torch.testing.assert_close(narrow, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def test_capture_nothing(backend):
     out = poison(2, 4, dtype=torch.float32)
     ops.capture_rows(out, 2, torch.empty(0, dtype=torch.int64), torch.ones(3, 4))
