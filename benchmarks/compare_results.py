@@ -1,4 +1,4 @@
-"""Compare two result files of the suite: exit status 1 when something became slower.
+"""Compare two result files of the suite: exit status 1 when something became slower or failed.
 
     python benchmarks/compare_results.py BEFORE.json AFTER.json --tolerance 0.25
 
@@ -9,12 +9,13 @@ Files from different machines are refused unless ``--any-machine`` is given.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pkt_fast.cli import Parser, answered
 
 MACHINE = ("cpu", "cores", "torch_threads", "gpus")
 
@@ -36,8 +37,13 @@ def regressions(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print every row's ratio; 1 when a row is slower, 2 for files that cannot be compared."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    """Print every row's ratio.
+
+    Returns 1 when a row is slower or failed, 2 for files that cannot be compared.
+    """
+    parser = Parser(
+        prog="pkt-fast bench compare", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--tolerance", type=float, default=0.25)
@@ -48,20 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             json.loads(path.read_text(encoding="utf-8")) for path in (args.before, args.after)
         )
         rows = regressions(before, after, args.tolerance)
-        machines = [{key: file["machine"].get(key) for key in MACHINE} for file in (before, after)]
+        machines = [
+            {key: file["machine"].get(key) for key in MACHINE} | {"clock": file.get("clock")}
+            for file in (before, after)
+        ]
+        failed = [f"{entry['name']}: {entry['why']}" for entry in after.get("failures", ())]
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"cannot compare: {error!r}", file=sys.stderr)
         return 2
     if machines[0] != machines[1] and not args.any_machine:
         print(f"not the same machine: {machines[0]} and {machines[1]}", file=sys.stderr)
         return 2
-    if not rows:
+    if not rows and not failed:
         print("the files have no row in common", file=sys.stderr)
         return 2
     for name, ratio, slower in rows:
         print(f"{ratio:6.2f}x  {'SLOWER ' if slower else '       '}{name}")
-    return int(any(slower for _, _, slower in rows))
+    for name in failed:
+        print(f"         FAILED {name}")
+    return int(bool(failed) or any(slower for _, _, slower in rows))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answered(main))

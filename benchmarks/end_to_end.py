@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import pkt_fast
-from benchmarks.harness import judged, now, peak_anonymous_bytes, peak_bytes
+from benchmarks.harness import judged, now, peak_anonymous_bytes, peak_bytes, reason
 from benchmarks.micro import random_llama
 from benchmarks.peer_transfer import transfer_plainly
 from pkt_fast.data import encode
@@ -71,13 +71,18 @@ def byte_pair_tokenizer(rows: list[dict[str, Any]], size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
 
 
-def measure_transfer(setup: Setup, layer: int, *, what: str, at_least: float) -> dict[str, Any]:
-    """One row: both transfers once, their losses compared; all of it is timed."""
+def measure_transfer(
+    setup: Setup, layer: int, *, name: str, at_least: float, device: str = "cpu"
+) -> dict[str, Any]:
+    """One row: both transfers once, their losses compared; all of it is timed.
+
+    A peer that fails leaves a row without its time.
+    """
     rows, origin = rows_of(setup.rows)
     tokenizer = byte_pair_tokenizer(rows, setup.vocabulary)
     options = {
         "layers": [layer], "epochs": setup.epochs, "batch_size": setup.batch_size,
-        "micro_batch_size": 16, "device": "cpu", "dtype": "float32",
+        "micro_batch_size": 16, "device": device, "dtype": "float32",
     }
     found: dict[str, Any] = {}
 
@@ -85,8 +90,8 @@ def measure_transfer(setup: Setup, layer: int, *, what: str, at_least: float) ->
         width_s, layers_s = setup.source
         width_t, layers_t = setup.target
         return (
-            random_llama(width_s, layers_s, setup.vocabulary),
-            random_llama(width_t, layers_t, setup.vocabulary),
+            random_llama(width_s, layers_s, setup.vocabulary, device),
+            random_llama(width_t, layers_t, setup.vocabulary, device),
         )
 
     source, target = models()
@@ -102,6 +107,7 @@ def measure_transfer(setup: Setup, layer: int, *, what: str, at_least: float) ->
     ours_peak = peak_bytes(ours)
     source, target = models()
     config = pkt_fast.TransferConfig(**options)
+    examples = encode(rows, tokenizer, max_length=config.max_length)
     pair = source_for(setup.source[1], setup.target[1], layer)
 
     def peer() -> None:
@@ -109,30 +115,31 @@ def measure_transfer(setup: Setup, layer: int, *, what: str, at_least: float) ->
         examples = encode(rows, tokenizer, max_length=config.max_length)
         found["plain"] = transfer_plainly(source, target, examples, pair, config)[1]
         found["peer"] = now() - start
-        found["tokens"] = sum(examples.lengths)
 
-    peer_peak = peak_bytes(peer)
-    error = max(
-        abs(a[name] - b[name])
-        for a, b in zip(found["history"], found["plain"], strict=True)
-        for name in ("layer_loss", "output_loss")
-    )
-    if error > 1e-4:
-        raise AssertionError(f"losses of the two transfers differ by {error:.2g}")
-
-    def once(seconds: float, peak: int | None) -> dict[str, Any]:
-        return {
-            "median_s": seconds, "quartiles_s": [seconds, seconds], "fastest_s": seconds,
-            "samples": 1, "peak_bytes": peak,
-        }
+    theirs: dict[str, Any]
+    error = None
+    try:
+        peer_peak = peak_bytes(peer)
+    except Exception as raised:
+        theirs = {"failed": reason(raised)}
+    else:
+        theirs = _once(found["peer"], peer_peak)
+        error = max(
+            abs(a[name] - b[name])
+            for a, b in zip(found["history"], found["plain"], strict=True)
+            for name in ("layer_loss", "output_loss")
+        )
+        if error > 1e-4:
+            raise AssertionError(f"losses of the two transfers differ by {error:.2g}")
 
     row: dict[str, Any] = {
-        "name": f"whole transfer, {what}",
+        "name": name,
         "shape": f"{setup.source[1]}×{setup.source[0]} → {setup.target[1]}×{setup.target[0]}, "
-        f"V={setup.vocabulary:,}, {len(rows)} rows of {origin} ({found['tokens']:,} tokens), "
+        f"V={setup.vocabulary:,}, {len(rows)} rows of {origin} "
+        f"({sum(examples.lengths):,} tokens), "
         f"{setup.epochs} epochs, target layer {layer} of 0–{setup.target[1] - 1}",
-        "ours": once(found["ours"], ours_peak),
-        "peers": {"Transformers + PEFT": once(found["peer"], peer_peak)},
+        "ours": _once(found["ours"], ours_peak),
+        "peers": {"Transformers + PEFT": theirs},
         "limits": {},
         "error": error,
         "note": "one run each; error is the largest difference of a loss at any step; phases: "
@@ -141,13 +148,21 @@ def measure_transfer(setup: Setup, layer: int, *, what: str, at_least: float) ->
     return row | judged(row, {"Transformers + PEFT": at_least}, None)
 
 
-def measure_all(setup: Setup) -> list[dict[str, Any]]:
-    """Middle and last layer."""
+def _once(seconds: float, peak: int | None) -> dict[str, Any]:
+    return {
+        "median_s": seconds, "quartiles_s": [seconds, seconds], "fastest_s": seconds,
+        "samples": 1, "peak_bytes": peak,
+    }
+
+
+def rows(setup: Setup, device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Every row's name, and how to measure it: the middle and the last layer."""
     layers = setup.target[1]
-    return [
-        measure_transfer(setup, layers // 2, what="middle layer", at_least=2.5),
-        measure_transfer(setup, layers - 1, what="last layer", at_least=5),
-    ]
+    for what, layer, at_least in (("middle", layers // 2, 2.5), ("last", layers - 1, 5)):
+        name = f"whole transfer, {what} layer"
+        yield name, partial(
+            measure_transfer, setup, layer, name=name, at_least=at_least, device=device
+        )
 
 
 def store_memory(directory: Path, count: int, vocabulary: int = 1200) -> int:
@@ -162,8 +177,3 @@ def store_memory(directory: Path, count: int, vocabulary: int = 1200) -> int:
             batch_size=8, micro_batch_size=8, store=str(directory), device="cpu",
         )
     )
-
-
-if __name__ == "__main__":
-    torch.manual_seed(0)
-    print(json.dumps(measure_all(FULL), indent=2))

@@ -55,6 +55,12 @@ def now() -> float:
     return _clock()
 
 
+def reason(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
 class Missing(str):
     """Why a peer cannot run here, in place of its call."""
 
@@ -183,28 +189,57 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Run one row: {name, shape, ours, peers, limits, ratios, targets, error, note}."""
+    """Run one row: {name, shape, ours, peers, limits, ratios, targets, error, note}.
+
+    A peer or a limit that raises is left out; its entry says why.
+    """
+    gc.collect()
+    gc.freeze()  # so that collecting before every call looks at new objects alone
+    try:
+        return _measure(case)
+    finally:
+        gc.unfreeze()
+
+
+def _measure(case: Case) -> dict[str, Any]:
     calls: dict[str, Call] = {"ours": case.ours}
     calls |= {
         f"peer {name}": call for name, call in case.peers.items() if not isinstance(call, Missing)
     }
     calls |= {f"limit {name}": call for name, call in case.limits.items()}
-    error = None if case.error is None else case.error()
+    problem: Exception | None = None
+    error: float | None = None
+    try:
+        error = None if case.error is None else case.error()
+    except Exception as raised:  # by our call or by the first peer: seen below
+        problem = raised
     memory: dict[str, int | None] = {}
     first: dict[str, float] = {}
-    for name, call in calls.items():
+    failed: dict[str, str] = {}
+    for name, call in list(calls.items()):
 
         def timed(name: str = name, call: Call = call) -> None:
             first[name] = seconds_of(call)
 
-        memory[name] = peak_bytes(timed)
-        if first[name] < 1:  # else long enough for first-time costs not to show
+        try:
             memory[name] = peak_bytes(timed)
+            if first[name] < 1:  # else long enough for first-time costs not to show
+                memory[name] = peak_bytes(timed)
+        except Exception as raised:
+            if name == "ours":
+                raise
+            failed[name] = reason(raised)
+            del calls[name]
+            first.pop(name, None)
         if name.startswith("limit"):
-            del memory[name]
+            memory.pop(name, None)
+    if problem and not failed:
+        raise problem
     found = samples_in_turn(calls, first, case.seconds)
 
     def entry(name: str) -> dict[str, Any]:
+        if name in failed:
+            return {"failed": failed[name]}
         return summary(found[name]) | ({"peak_bytes": memory[name]} if name in memory else {})
 
     row: dict[str, Any] = {
@@ -230,7 +265,11 @@ def judged(
     speedups = {
         name: peer["median_s"] / ours for name, peer in row["peers"].items() if "median_s" in peer
     }
-    of_limit = {name: ours / limit["median_s"] for name, limit in row["limits"].items()}
+    of_limit = {
+        name: ours / limit["median_s"]
+        for name, limit in row["limits"].items()
+        if "median_s" in limit
+    }
     targets = [
         {
             "what": f"≥ {wanted:g}x {name}",
@@ -240,10 +279,10 @@ def judged(
         for name, wanted in at_least.items()
     ]
     if at_most is not None:
-        name, ratio = next(iter(of_limit.items()))
-        targets.append(
-            {"what": f"≤ {at_most:g}x {name}", "measured": ratio, "met": ratio <= at_most}
-        )
+        name = next(iter(row["limits"]))
+        ratio = of_limit.get(name)
+        met = None if ratio is None else ratio <= at_most
+        targets.append({"what": f"≤ {at_most:.3g}x {name}", "measured": ratio, "met": met})
     return {"speedups": speedups, "of_limit": of_limit, "targets": targets}
 
 
@@ -273,9 +312,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         ours = row["ours"]
         spread = " to ".join(seconds_text(x) for x in ours["quartiles_s"])
-        limits = "; ".join(
-            f"{name} {seconds_text(limit['median_s'])}" for name, limit in row["limits"].items()
-        )
+        limits = "; ".join(f"{name} {entry_text(limit)}" for name, limit in row["limits"].items())
         ratios = "; ".join(f"{ratio:.2f}" for ratio in row["of_limit"].values())
         verdicts = {None: "not measured", True: "met", False: "missed"}
         targets = "; ".join(f"{t['what']}: {verdicts[t['met']]}" for t in row["targets"])
@@ -283,13 +320,17 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
             first = number == 0
             what = f"**{row['name']}**, {row['shape']}" if first else ""
             mine = f"{seconds_text(ours['median_s'])} ({spread})" if first else ""
-            if "skipped" in peer:
-                theirs = [name, f"not run: {peer['skipped']}", "–"]
-            else:
-                times = f"{row['speedups'][name]:.1f}x"
-                theirs = [name, seconds_text(peer["median_s"]), times]
+            times = f"{row['speedups'][name]:.1f}x" if name in row["speedups"] else "–"
+            theirs = [name, entry_text(peer), times]
             memory = f"{bytes_text(ours.get('peak_bytes'))} / {bytes_text(peer.get('peak_bytes'))}"
             cells = [what, mine, *theirs, limits if first else "", ratios if first else ""]
             cells += [memory, targets if first else ""]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def entry_text(entry: Mapping[str, Any]) -> str:
+    """The time of a peer or a limit, or why there is none."""
+    if "median_s" in entry:
+        return seconds_text(entry["median_s"])
+    return f"not run: {entry['skipped']}" if "skipped" in entry else f"failed: {entry['failed']}"

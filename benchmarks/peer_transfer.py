@@ -37,6 +37,7 @@ def transfer_plainly(
     """
     from peft import LoraConfig, get_peft_model
 
+    device = target.lm_head.weight.device
     basis_s, basis_t = (_basis(model.lm_head.weight) for model in (source, target))
     names = [name for name, _ in target.model.layers[pair.target].named_modules()]
     lora = LoraConfig(
@@ -57,9 +58,9 @@ def transfer_plainly(
     )
     history = []
     for step in plan_steps(examples.lengths, config):
-        batches = [collate(examples, indices, pad_token_id=0) for indices in step.micro]
+        batches = [collate(examples, indices, pad_token_id=0).to(device) for indices in step.micro]
         rows = sum(int(batch.supervised.sum()) for batch in batches)
-        sums = torch.zeros(2)
+        sums = torch.zeros(2, device=device)
         for batch in batches:
             keep, inputs = batch.supervised, batch.model_inputs()
             with (

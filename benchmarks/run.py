@@ -2,21 +2,23 @@
 
     pkt-fast bench --json benchmarks/results/cpu.json          # everything; also cpu.md, cpu.png
     pkt-fast bench micro --only align                          # rows of single operations
+    pkt-fast bench transfer --json FILE                        # adds to what FILE holds
     pkt-fast bench --small                                     # tiny shapes: does it run at all?
     pkt-fast bench compare OLD.json NEW.json                   # what became slower
     python benchmarks/run.py --update-readme FILE.json         # put the table into README.md
+
+A row that fails ends nothing: the file says why, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -26,58 +28,74 @@ from benchmarks import compare_results, end_to_end, micro, scaling  # noqa: E402
 from benchmarks.harness import (  # noqa: E402
     CLOCKS,
     clock_name,
+    entry_text,
     markdown,
     measure,
     seconds_text,
     use_clock,
 )
-from pkt_fast._files import write_json  # noqa: E402
+from benchmarks.record import Record, measured_when, read  # noqa: E402
+from pkt_fast._files import atomic_file  # noqa: E402
+from pkt_fast.cli import Parser, answered  # noqa: E402
+from pkt_fast.errors import ConfigError, DataError  # noqa: E402
 from pkt_fast.report import machine, versions  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 CPU_TIMES = "CPU seconds on one thread, as the machine did other work at the same time"
-PARTS = ("micro", "transfer", "scaling")
+
+Entry = tuple[str, str, Callable[[], dict[str, Any]]]
+"""(part, name, how to measure it)."""
+
+
+def micro_rows(device: str, small: bool, seconds: float) -> Iterator[Entry]:
+    """The rows of single operations."""
+    for name in micro.BUILDERS:
+
+        def row(name: str = name) -> dict[str, Any]:
+            case = micro.build(name, micro.SMALL if small else micro.FULL, device)
+            case.seconds = seconds or case.seconds
+            return measure(case)
+
+        yield "micro", name, row
+
+
+def transfer_rows(device: str, small: bool, seconds: float) -> Iterator[Entry]:
+    """The rows of whole transfers."""
+    setup = end_to_end.SMALL if small else end_to_end.FULL
+    for name, row in end_to_end.rows(setup, device):
+        yield "transfer", name, row
+
+
+def scaling_points(device: str, small: bool, seconds: float) -> Iterator[Entry]:
+    """The points of the scaling curves."""
+    for name, point in scaling.points(device, small=small):
+        yield "scaling", name, point
+
+
+PARTS = {"micro": micro_rows, "transfer": transfer_rows, "scaling": scaling_points}
+
+
+def settings(device: str, small: bool) -> dict[str, Any]:
+    """What two runs have to share for their entries to stand in one file."""
+    return {
+        "device": device, "small": small, "clock": clock_name(), "machine": machine(),
+        "versions": versions(),
+    }
 
 
 def run(
-    parts: Sequence[str],
-    device: str,
-    *,
-    small: bool = False,
-    only: str = "",
-    seconds: float = 0,
-    keep: Callable[[dict[str, Any]], None] = lambda result: None,
-) -> dict[str, Any]:
-    """Measure ``parts``; the result is what the JSON file holds.  ``keep`` gets it as it grows."""
-    started = time.time()
-    result: dict[str, Any] = {
-        "format": 1,
-        "date": time.strftime("%Y-%m-%d %H:%M", time.gmtime(started)),
-        "device": device,
-        "small": small,
-        "clock": clock_name(),
-        "machine": machine(),
-        "load_before": list(os.getloadavg()),
-        "load_after": None,
-        "versions": versions(),
-        "rows": [],
-        "scaling": [],
-    }
-    if "micro" in parts:
-        for name in (name for name in micro.BUILDERS if only in name):
-            case = micro.build(name, micro.SMALL if small else micro.FULL, device)
-            case.seconds = seconds or case.seconds
-            result["rows"].append(measure(case))
-            print(markdown(result["rows"][-1:]).split("\n", 2)[2], end="", flush=True)
-            keep(result)
-    if "transfer" in parts and device == "cpu":
-        result["rows"] += end_to_end.measure_all(end_to_end.SMALL if small else end_to_end.FULL)
-        keep(result)
-    if "scaling" in parts:
-        result["scaling"] = scaling.curves(device, small=small)
-    result["load_after"] = list(os.getloadavg())
-    result["seconds"] = round(time.time() - started, 1)
-    return result
+    record: Record, parts: Sequence[str], device: str, *, small: bool, only: str, seconds: float
+) -> None:
+    """Measure ``parts`` into ``record``: the entries whose name contains ``only``."""
+    entries = [
+        entry for part in parts for entry in PARTS[part](device, small, seconds)
+        if only in entry[1]
+    ]
+    if not entries:
+        raise ConfigError(f"--only {only!r} is in no name of {', '.join(parts)}")
+    for part, name, measured in entries:
+        print(f"{part}: {name}", file=sys.stderr, flush=True)
+        record.add(part, name, measured)
 
 
 def document(result: Mapping[str, Any]) -> str:
@@ -88,8 +106,7 @@ def document(result: Mapping[str, Any]) -> str:
         "",
         f"{described['cpu']}, {described['cores']} cores, {described['torch_threads']} threads, "
         f"{described['cpu_capability']}, device {result['device']}, torch "
-        f"{result['versions']['torch']}, {result['date']} UTC; load average before "
-        f"{result['load_before'][0]:.1f}, after {result['load_after'][0]:.1f}.",
+        f"{result['versions']['torch']}; {measured_when(result)}.",
         *([f"Times are {CPU_TIMES}.", ""] if result["clock"] == "cpu" else [""]),
         markdown(result["rows"]),
     ]
@@ -100,6 +117,10 @@ def document(result: Mapping[str, Any]) -> str:
         for row in result["rows"]
     ]
     lines += ["Errors are ours against the first peer.", "", *notes, ""]
+    if result["failures"]:
+        lines += ["## Failed", ""]
+        lines += [f"- {f['part']}, **{f['name']}**: {f['why']}" for f in result["failures"]]
+        lines += [""]
     if result["scaling"]:
         lines += ["## Scaling", "", scaling.scaling_markdown(result["scaling"])]
     return "\n".join(lines)
@@ -111,8 +132,8 @@ def readme_table(result: Mapping[str, Any]) -> str:
     lines = [
         f"Measured on {described['cores']} cores of {described['cpu']} "
         f"({described['cpu_capability']}), torch {result['versions']['torch']}, "
-        f"{result['date'][:10]}, load average {result['load_before'][0]:.1f} before the run, by "
-        "`pkt-fast bench`; all rows, peers and spreads are in `benchmarks/results`."
+        f"{measured_when(result)}, by `pkt-fast bench`; all rows, peers and spreads are in "
+        "`benchmarks/results`."
         + (f" Times are {CPU_TIMES}." if result["clock"] == "cpu" else ""),
         "",
         "| what | ours | peer | faster | ours / limit | targets |",
@@ -121,7 +142,7 @@ def readme_table(result: Mapping[str, Any]) -> str:
     for row in result["rows"]:
         name = next(iter(row["peers"]))
         peer = row["peers"][name]
-        other = f"{name}, {seconds_text(peer['median_s'])}" if "median_s" in peer else f"{name}: –"
+        other = f"{name}, {entry_text(peer)}"
         faster = f"{row['speedups'][name]:.1f}x" if name in row["speedups"] else "–"
         limit = next((f"{r:.2f} ({n})" for n, r in row["of_limit"].items()), "–")
         targets = "; ".join(
@@ -142,51 +163,74 @@ def update_readme(result: Mapping[str, Any], readme: Path) -> None:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"{readme} lacks {BEGIN} … {END}")
-    readme.write_text(f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8")
+        raise DataError(f"{readme} lacks {BEGIN} … {END}")
+    with atomic_file(readme) as temporary:
+        temporary.write_text(
+            f"{before}{BEGIN}\n{readme_table(result)}\n{END}{after}", encoding="utf-8"
+        )
+
+
+def write_pages(result: Mapping[str, Any], path: Path) -> None:
+    """The Markdown page and the plot beside the JSON file ``path``."""
+    with atomic_file(path.with_suffix(".md")) as temporary:
+        temporary.write_text(document(result), encoding="utf-8")
+    scaling.plot(result["scaling"], path.with_suffix(".png"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
+    """The command line: 0, or 1 when something failed.  Raises for bad usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["compare"]:
         return compare_results.main(argv[1:])
-    parser = argparse.ArgumentParser(prog="pkt-fast bench", description=__doc__.splitlines()[0])
+    args = _parse(argv)
+    if args.update_readme:
+        update_readme(read(args.update_readme), ROOT / "README.md")
+        return 0
+    use_clock(args.clock)
+    record = Record(settings(args.device, args.small), args.json)
+    parts = tuple(PARTS) if args.part == "all" else (args.part,)
+    try:
+        run(record, parts, args.device, small=args.small, only=args.only, seconds=args.seconds)
+    finally:  # also what an interrupted run has measured
+        if args.json:
+            write_pages(record.result, args.json)
+    print(document(record.result))
+    for complaint in record.complaints:
+        print(complaint, file=sys.stderr)
+    return int(bool(record.complaints))
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    assert __doc__
+    summary, _, examples = __doc__.partition("\n")
+    parser = Parser(
+        prog="pkt-fast bench", description=summary, epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )
     parser.add_argument("part", nargs="?", default="all", choices=("all", *PARTS, "compare"))
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--only", default="", help="rows of operations whose name contains this")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="rows and points whose name contains this"
+    )
     parser.add_argument("--small", action="store_true", help="tiny shapes")
     parser.add_argument(
         "--clock", choices=tuple(CLOCKS), default="wall",
         help="cpu: CPU seconds on one thread, for a machine that does other work as well",
     )
-    parser.add_argument("--seconds", type=float, default=0, help="time to spend on each operation")
-    parser.add_argument("--json", type=Path, help="file to write, with .md and .png beside it")
-    parser.add_argument("--update-readme", type=Path, metavar="JSON", help="no run: fill README")
-    args = parser.parse_args(argv)
-    if args.update_readme:
-        result = json.loads(args.update_readme.read_text(encoding="utf-8"))
-        update_readme(result, ROOT / "README.md")
-        return 0
-    use_clock(args.clock)
-    path: Path | None = args.json
-
-    def keep(result: dict[str, Any]) -> None:
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, result)
-
-    parts = PARTS if args.part == "all" else (args.part,)
-    result = run(
-        parts, args.device, small=args.small, only=args.only, seconds=args.seconds, keep=keep
+    parser.add_argument(
+        "--seconds", type=float, default=0, metavar="S",
+        help="time to spend on each operation (default: 4)",
     )
-    print(document(result))
-    keep(result)
-    if path:
-        path.with_suffix(".md").write_text(document(result), encoding="utf-8")
-        scaling.plot(result["scaling"], path.with_suffix(".png"))
-    return 0
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE",
+        help="file to write or to add to, with .md and .png beside it",
+    )
+    parser.add_argument("--update-readme", type=Path, metavar="FILE", help="no run: fill README")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here")
+    return args
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(answered(main))

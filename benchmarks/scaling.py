@@ -6,28 +6,38 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import Case, Missing, measure
+from benchmarks.harness import Case, measure
 from benchmarks.micro import FULL, Sizes, align, inject, label_cosine
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = replace(FULL, source=256, target=128, tokens=1024, vocabulary=32000)
+BASE = replace(FULL, source=256, target=128, tokens=1024, vocabulary=32000, seconds=0.4)
+SMALL = replace(BASE, source=32, target=16, tokens=64, vocabulary=512, seconds=0.01)
 
 
-def curves(device: str, *, small: bool = False) -> list[dict[str, Any]]:
-    """Every point: {"curve", "x", "name", "ours_s", "peer_s", "ours_bytes", "peer_bytes"}."""
-    base = replace(BASE, source=32, target=16, tokens=64, vocabulary=512) if small else BASE
-    points = [_point(*entry, device) for entry in _grid(base, small)]
+Point = Callable[[], dict[str, Any]]
+
+
+def points(device: str, *, small: bool = False) -> Iterator[tuple[str, Point]]:
+    """Every point's name, and how to measure it: {"curve", "x", "name", "peer", "ours_s",
+    "peer_s", "ours_bytes", "peer_bytes"}.
+    """
+    base = SMALL if small else BASE
+    for curve, x, name, sizes in _grid(base, small):
+        yield f"{curve} {x}: {name}", partial(_point, curve, x, name, sizes, device)
     if device == "cpu":
-        points += _threads(base, small)
-        points += _examples((8, 16) if small else (32, 128, 512))
-    return points
+        for threads in sorted({1, torch.get_num_threads()}):
+            for name in ("align", "label cosine"):
+                yield f"threads {threads}: {name}", partial(_threads, threads, name, base)
+        for count in (8, 16) if small else (64, 256, 1024):
+            yield f"examples {count}", partial(_examples, count)
 
 
 def _grid(base: Sizes, small: bool) -> Iterator[tuple[str, int, str, Sizes]]:
@@ -53,15 +63,14 @@ def _point(curve: str, x: int, name: str, sizes: Sizes, device: str) -> dict[str
     torch.manual_seed(0)
     builder = {"align": align, "label cosine": label_cosine, "inject": inject}[name]
     case = builder(sizes, torch.device(device))
-    case.seconds, case.error = 0.4, None
+    case.seconds, case.error = sizes.seconds, None
     first = next(iter(case.peers))
     case.peers = {first: case.peers[first]}
     return _of(measure(case), curve, x, case)
 
 
 def _of(row: dict[str, Any], curve: str, x: int, case: Case) -> dict[str, Any]:
-    name, peer = next(iter(case.peers.items()))
-    theirs = {} if isinstance(peer, Missing) else row["peers"][name]
+    name, theirs = next(iter(row["peers"].items()))
     return {
         "curve": curve,
         "x": x,
@@ -71,54 +80,53 @@ def _of(row: dict[str, Any], curve: str, x: int, case: Case) -> dict[str, Any]:
         "peer_s": theirs.get("median_s"),
         "ours_bytes": row["ours"].get("peak_bytes"),
         "peer_bytes": theirs.get("peak_bytes"),
+    } | ({"peer_failed": theirs["failed"]} if "failed" in theirs else {})
+
+
+def _threads(threads: int, name: str, base: Sizes) -> dict[str, Any]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _point("threads", threads, name, base, "cpu")
+    finally:
+        torch.set_num_threads(before)
+
+
+def _examples(count: int) -> dict[str, Any]:
+    """Peak memory of a transfer with a directory store, in a process of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        code = (
+            "from pathlib import Path; from benchmarks.end_to_end import store_memory; "
+            f"print('bytes', store_memory(Path({directory!r}) / 'store', {count}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
+    grown = next(line for line in done.stdout.splitlines() if line.startswith("bytes "))
+    return {
+        "curve": "examples", "x": count, "name": "transfer, directory store", "peer": None,
+        "ours_s": None, "peer_s": None, "ours_bytes": int(grown.split()[1]), "peer_bytes": None,
     }
 
 
-def _threads(base: Sizes, small: bool) -> Iterator[dict[str, Any]]:
-    most = torch.get_num_threads()
-    try:
-        for threads in sorted({1, most}):
-            torch.set_num_threads(threads)
-            for name in ("align", "label cosine"):
-                yield _point("threads", threads, name, base, "cpu")
-    finally:
-        torch.set_num_threads(most)
-
-
-def _examples(counts: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Peak memory of a transfer with a directory store, each in a process of its own."""
-    for count in counts:
-        with tempfile.TemporaryDirectory() as directory:
-            code = (
-                "from pathlib import Path; from benchmarks.end_to_end import store_memory; "
-                f"print('bytes', store_memory(Path({directory!r}) / 'store', {count}))"
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )
-        grown = next(line for line in done.stdout.splitlines() if line.startswith("bytes "))
-        yield {
-            "curve": "examples", "x": count, "name": "transfer, directory store", "peer": None,
-            "ours_s": None, "peer_s": None, "ours_bytes": int(grown.split()[1]), "peer_bytes": None,
-        }
-
-
-def plot(points: list[dict[str, Any]], path: Path) -> None:
+def plot(measured: list[dict[str, Any]], path: Path) -> None:
     """One picture of all curves; nothing without points or matplotlib."""
     try:
         import matplotlib
     except ImportError:
         return
-    if not points:
+    if not measured:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    keys = list(dict.fromkeys((p["curve"], p["name"]) for p in points))
+    keys = list(dict.fromkeys((p["curve"], p["name"]) for p in measured))
     figure, axes = pyplot.subplots(2, len(keys), figsize=(3.2 * len(keys), 6), squeeze=False)
     for column, (curve, name) in enumerate(keys):
-        chosen = [p for p in points if (p["curve"], p["name"]) == (curve, name)]
+        chosen = [p for p in measured if (p["curve"], p["name"]) == (curve, name)]
         for row, unit in enumerate(("s", "bytes")):
             axis = axes[row][column]
             for side, label in (("ours", "pkt_fast"), ("peer", chosen[0]["peer"])):
@@ -140,7 +148,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def scaling_markdown(points: list[dict[str, Any]]) -> str:
+def scaling_markdown(measured: list[dict[str, Any]]) -> str:
     """The curves as a table."""
     from benchmarks.harness import bytes_text, seconds_text
 
@@ -154,6 +162,6 @@ def scaling_markdown(points: list[dict[str, Any]]) -> str:
     lines += [
         f"| {p['curve']} | {p['x']:,} | {p['name']} | {seconds(p['ours_s'])} | "
         f"{seconds(p['peer_s'])} | {bytes_text(p['ours_bytes'])} | {bytes_text(p['peer_bytes'])} |"
-        for p in points
+        for p in measured
     ]
     return "\n".join(lines) + "\n"

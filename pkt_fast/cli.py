@@ -31,7 +31,7 @@ _MODEL = "model directory or hub id"
 _DATA_SETTINGS = ("max_length", "limit")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are :class:`ConfigError`: one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
@@ -40,12 +40,23 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``pkt-fast`` with ``argv`` (default: the process's arguments); returns the exit code."""
-    try:
+
+    def run() -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
         from . import commands  # torch and transformers are imported here, not for --help
 
         commands.run(args)
+        return 0
+
+    return answered(run)
+
+
+def answered(run: Callable[[], int]) -> int:
+    """The exit code of ``run()``; its refusals become one line on stderr and their code."""
+    try:
+        code = run()
         sys.stdout.flush()
+        return code
     except PktFastError as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return REFUSED
@@ -69,7 +80,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Move what a large language model knows about a task into a smaller one.",
         allow_abbrev=False,
@@ -89,8 +100,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 # --------------------------------------------------------------------------- subcommands
 
 
-def _command(commands: Any, name: str, summary: str) -> _Parser:
-    parser: _Parser = commands.add_parser(
+def _command(commands: Any, name: str, summary: str) -> Parser:
+    parser: Parser = commands.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no tables")

@@ -17,9 +17,12 @@ from benchmarks import (  # noqa: E402
     end_to_end,
     harness,
     micro,
+    record,
     run,
     scaling,
 )
+from pkt_fast import cli  # noqa: E402
+from pkt_fast.errors import ConfigError, DataError  # noqa: E402
 
 
 @pytest.mark.parametrize("name", micro.BUILDERS)
@@ -45,7 +48,7 @@ def test_liger_has_the_same_label_cosine():
 
 def test_both_transfers_have_the_same_losses(monkeypatch):
     monkeypatch.setattr(end_to_end, "GSM8K", Path("no such file"))
-    row = end_to_end.measure_transfer(end_to_end.SMALL, 0, what="tiny", at_least=0.0)
+    row = end_to_end.measure_transfer(end_to_end.SMALL, 0, name="tiny", at_least=0.0)
     assert row["error"] < 1e-4
     assert row["targets"][0]["met"]
 
@@ -65,6 +68,38 @@ def test_a_row_has_ratios_memory_and_targets():
     assert row["peers"]["other"] == {"skipped": "needs a GPU"}
     assert row["ours"]["quartiles_s"][0] <= row["ours"]["median_s"] <= row["ours"]["quartiles_s"][1]
     assert "not run: needs a GPU" in harness.markdown([row])
+
+
+def test_a_failing_peer_or_limit_leaves_the_row():
+    def fails():
+        raise TypeError("no such\nargument")
+
+    case = fake_case()
+    case.peers, case.limits = {"torch": fails, "other": case.ours}, {"copy": fails}
+    case.error = fails
+    case.at_least = {"torch": 1.0}
+    row = harness.measure(case)
+    assert row["peers"]["torch"] == {"failed": "TypeError: no such argument"}
+    assert row["limits"]["copy"] == {"failed": "TypeError: no such argument"}
+    assert row["error"] is None
+    assert row["speedups"].keys() == {"other"}
+    assert [target["met"] for target in row["targets"]] == [None, None]
+    assert "failed: TypeError: no such argument" in harness.markdown([row])
+
+
+def test_our_own_failure_is_raised():
+    case = fake_case()
+    case.error = None
+    case.ours = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        harness.measure(case)
+
+
+def test_a_comparison_that_fails_alone_is_raised():
+    case = fake_case()
+    case.error = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        harness.measure(case)
 
 
 def test_peak_memory_sees_a_temporary():
@@ -116,9 +151,8 @@ def test_files_that_cannot_be_compared(tmp_path, capsys):
 def test_readme_is_filled_between_its_markers(tmp_path):
     result = {
         "machine": {"cpu": "c", "cores": 2, "cpu_capability": "AVX2", "torch_threads": 2},
-        "versions": {"torch": "2"}, "date": "2026-01-01 00:00", "load_before": [0.1, 0, 0],
-        "clock": "wall",
-        "rows": [harness.measure(fake_case())],
+        "versions": {"torch": "2"}, "clock": "wall", "scaling": [], "failures": [],
+        "rows": [harness.measure(fake_case()) | {"date": "2026-01-01 00:00", "load": 0.1}],
     }
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n", encoding="utf-8")
@@ -131,22 +165,122 @@ def test_readme_is_filled_between_its_markers(tmp_path):
     assert "old" not in text
 
 
-def test_the_command_line_writes_its_files(tmp_path):
-    path = tmp_path / "cpu.json"
-    assert run.main(["micro", "--small", "--only", "align", "--json", str(path)]) == 0
-    written = json.loads(path.read_text(encoding="utf-8"))
-    assert [row["name"] for row in written["rows"]] == ["align"]
+def rows_named(*names: str, fail: str = ""):
+    """A stand-in for the entries of a part."""
+
+    def entries(device, small, seconds):
+        for name in names:
+
+            def row(name=name):
+                if name == fail:
+                    raise MemoryError("too large")
+                return harness.measure(fake_case()) | {"name": name}
+
+            yield "micro", name, row
+
+    return entries
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """The parts of the suite, with one quick row each."""
+    monkeypatch.setattr(
+        run, "PARTS", {"micro": rows_named("a", "b"), "transfer": rows_named("whole")}
+    )
+    return run.PARTS
+
+
+def test_the_command_line_writes_its_files(tmp_path, parts):
+    path = tmp_path / "new" / "cpu.json"
+    assert run.main(["micro", "--small", "--only", "a", "--json", str(path)]) == 0
+    written = record.read(path)
+    assert [row["name"] for row in written["rows"]] == ["a"]
     assert "# Measured" in path.with_suffix(".md").read_text(encoding="utf-8")
     assert run.main(["compare", str(path), str(path)]) == 0
 
 
-def test_scaling_runs_and_plots(tmp_path, monkeypatch):
+def test_a_later_run_adds_to_the_file(tmp_path, parts):
+    path = tmp_path / "cpu.json"
+    for part in ("micro", "transfer", "micro"):
+        assert run.main([part, "--json", str(path)]) == 0
+    assert [row["name"] for row in record.read(path)["rows"]] == ["a", "b", "whole"]
+    written = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"measured with another small.*delete it"):
+        run.main(["micro", "--small", "--json", str(path)])
+    assert path.read_bytes() == written
+    path.write_text('{"format": 1}')
+    with pytest.raises(DataError, match="format 1"):
+        run.main(["micro", "--json", str(path)])
+
+
+def test_a_failing_row_ends_nothing(tmp_path, parts, capsys):
+    path = tmp_path / "cpu.json"
+    parts["micro"] = rows_named("a", "b", fail="a")
+    assert run.main(["--json", str(path)]) == 1
+    found = record.read(path)
+    assert [row["name"] for row in found["rows"]] == ["b", "whole"]
+    assert [(f["name"], f["why"]) for f in found["failures"]] == [("a", "MemoryError: too large")]
+    assert "micro, a: MemoryError: too large" in capsys.readouterr().err
+    assert "too large" in path.with_suffix(".md").read_text(encoding="utf-8")
+    assert run.main(["compare", str(path), str(path)]) == 1
+    assert "FAILED a" in capsys.readouterr().out
+    parts["micro"] = rows_named("a", "b")
+    assert run.main(["--json", str(path)]) == 0
+    assert not record.read(path)["failures"]
+
+
+def test_an_interrupted_run_keeps_what_it_had(tmp_path, parts):
+    path = tmp_path / "cpu.json"
+
+    def interrupted(device, small, seconds):
+        yield from rows_named("a")(device, small, seconds)
+
+        def stop():
+            raise KeyboardInterrupt
+
+        yield "micro", "b", stop
+
+    parts["micro"] = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.main(["--json", str(path)])
+    assert [row["name"] for row in record.read(path)["rows"]] == ["a"]
+    assert "**a**" in path.with_suffix(".md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nope"], "unrecognized arguments: --nope"),
+        (["neither"], "invalid choice"),
+        (["micro", "--only", "nothing of the sort"], "is in no name"),
+        (["--json", "{file}/below.json"], "cannot write"),
+        (["--update-readme", "missing.json"], "cannot read missing.json"),
+        (["compare", "one.json"], "required: after"),
+        (["compare", "one.json", "two.json", "--nope"], "--nope"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments, said, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = [argument.format(file=tmp_path / "file") for argument in arguments]
+    assert cli.main(["bench", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert said in told
+
+
+def test_scaling_runs_and_plots(tmp_path):
+    """One point of every kind; the others differ in their sizes alone."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(scaling, "_examples", lambda counts: [])
-    points = scaling.curves("cpu", small=True)
-    assert {point["curve"] for point in points} == {"tokens", "vocabulary", "width", "threads"}
-    scaling.plot(points, tmp_path / "s.png")
+    chosen = {}
+    for name, point in scaling.points("cpu", small=True):
+        chosen.setdefault((name.split()[0], name.partition(": ")[2]), point)
+    assert {curve for curve, _ in chosen} == {
+        "tokens", "vocabulary", "width", "threads", "examples"
+    }
+    measured = [point() for (curve, _), point in chosen.items() if curve != "examples"]
+    scaling.plot(measured, tmp_path / "s.png")
     assert (tmp_path / "s.png").stat().st_size > 1000
+    assert scaling.scaling_markdown(measured).count("\n") == 2 + len(measured)
 
 
 def test_memory_of_a_directory_store_is_measured(tmp_path):
