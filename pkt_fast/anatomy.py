@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from pkt_fast.errors import ConfigError, ModelError, NumericsError, PktFastError
-from pkt_fast.lending import eager
+from pkt_fast.lending import eager, evaluating
 
 INTERFACES = ("mlp", "attention", "block", "contribution")
 
@@ -146,12 +146,13 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear module of a block: its shape and whether its output depends on earlier positions."""
+    """A linear module of a block, its shape, and what is special about it."""
 
     path: str
     in_features: int
     out_features: int
-    mixes: bool
+    mixes: bool  # its output depends on earlier positions
+    fused: bool  # a fused kernel may read its weight without calling it
 
 
 @dataclass(frozen=True)
@@ -618,16 +619,10 @@ def _probe_inputs(model: nn.Module, head: nn.Module) -> dict[str, Any]:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state come back afterwards."""
-    training = [module for module in model.modules() if module.training]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     uncompiled = torch.compiler.set_stance("force_eager")  # compiled calls may skip new hooks
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled:
-        model.eval()
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled, evaluating(model):
+        yield
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -1109,12 +1104,13 @@ def _explain_all(blocks: Sequence[nn.Module], record: _Record) -> list[_Explanat
 
 def _make_plans(blocks: Sequence[nn.Module], record: _Record, mixing: _Mixing) -> list[_LayerPlan]:
     plans = []
-    for entry, explanation, mixes in zip(
-        record.blocks, mixing.explanations, mixing.mixes, strict=True
+    for block, entry, explanation, mixes in zip(
+        blocks, record.blocks, mixing.explanations, mixing.mixes, strict=True
     ):
         taps = {} if explanation is None else _roles(explanation, mixes)
+        fused = _fused(block, [path for path, _, _ in entry.linears])
         linears = tuple(
-            _Linear(path, given, made, mixes.get(path, False))
+            _Linear(path, given, made, mixes.get(path, False), path in fused)
             for path, given, made in entry.linears
         )
         projections = {
@@ -1124,6 +1120,20 @@ def _make_plans(blocks: Sequence[nn.Module], record: _Record, mixing: _Mixing) -
         }
         plans.append(_LayerPlan(taps, projections, linears, entry.output, entry.copy))
     return plans
+
+
+def _fused(block: nn.Module, linears: Sequence[str]) -> set[str]:
+    """The linears of state-space mixers, but for the input projection.
+
+    Their fused kernels take the other weights as they are when the model trains, past the module
+    and any adapter in it; PEFT refuses some of them for that reason.
+    """
+    found: set[str] = set()
+    for parent in {path.rpartition(".")[0] for path in linears}:
+        own = {name for name, _ in block.get_submodule(parent).named_parameters(recurse=False)}
+        if {"A_log", "D"} <= own:
+            found.update([x for x in linears if x.rpartition(".")[0] == parent][1:])
+    return found
 
 
 def _roles(explanation: _Explanation, mixes: Mapping[str, bool]) -> dict[str, _Source]:
@@ -1186,7 +1196,9 @@ def _paper_targets(linears: Sequence[_Linear]) -> list[str]:
     parent = "" if output is None else output.path.rpartition(".")[0]
     attention = [x for x in linears if parent and x.path.startswith(parent + ".")]
     mlp = [x for x in linears if x not in attention and x is not output]
-    return _attention_targets(attention, output) + _mlp_targets(mlp)
+    fused = {x.path for x in linears if x.fused}
+    chosen = _attention_targets(attention, output) + _mlp_targets(mlp)
+    return [path for path in chosen if path not in fused]
 
 
 def _attention_targets(linears: Sequence[_Linear], output: _Linear | None) -> list[str]:

@@ -18,9 +18,13 @@ from torch.nn import functional as F
 from .anatomy import Anatomy, Tap
 from .data import IGNORE_INDEX, Batch
 from .errors import ConfigError, DataError, NumericsError
+from .lending import frozen
 from .ops import grad_x_act
 
 REDUCTIONS = ("absolute", "signed", "net")
+
+# Factors of the loss whose gradients float16 can hold: powers of two, so that they divide out.
+_FLOAT16_SCALES = (2.0**12, 2.0**4, 2.0**-4, 2.0**-12)
 
 
 def attribute(
@@ -63,15 +67,32 @@ def attribute(
 def gradient_x_activation(
     model: nn.Module, batch: Batch, *, interface: str = "mlp"
 ) -> tuple[Tensor, Tensor]:
-    """Σ g·a and Σ|g·a| over tokens and channels for every layer and example: (L, B) twice."""
+    """Σ g·a and Σ|g·a| over tokens and channels for every layer and example: (L, B) twice.
+
+    Gradients in float16 are those of a scaled loss: unscaled, most of them would be subnormal.
+    Raises :class:`NumericsError` when the loss is not finite.
+    """
+    batch = batch.to(Anatomy.of(model).head.weight.device)
+    narrow = Anatomy.of(model).head.weight.dtype == torch.float16
+    for scale in _FLOAT16_SCALES if narrow else (1.0,):
+        signed, absolute = _scaled_products(model, batch, interface, scale)
+        if torch.isfinite(absolute).all():
+            break
+    return signed / scale, absolute / scale
+
+
+def _scaled_products(
+    model: nn.Module, batch: Batch, interface: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The sums for a loss times ``scale``: one forward and one backward pass."""
     anatomy = Anatomy.of(model)
-    device = anatomy.head.weight.device
-    batch = batch.to(device)
     with _inference_with_graph(model), torch.enable_grad():
         with _tapped(anatomy, interface) as tapped, anatomy.bypass_head() as head_input:
             model(**batch.model_inputs(), use_cache=False)
         loss = _summed_mean_losses(anatomy, head_input.hidden, batch)
-        gradients = torch.autograd.grad(loss, [edge for edge, _ in tapped])
+        if not torch.isfinite(loss):
+            raise NumericsError(_culprit(loss, [activation for _, activation in tapped]))
+        gradients = torch.autograd.grad(loss * scale, [edge for edge, _ in tapped])
     pairs = [
         grad_x_act(gradient.reshape(activation.shape), activation)
         for gradient, (_, activation) in zip(gradients, tapped, strict=True)
@@ -79,6 +100,17 @@ def gradient_x_activation(
     signed = torch.stack([pair[0] for pair in pairs]).double().cpu()
     absolute = torch.stack([pair[1] for pair in pairs]).double().cpu()
     return signed, absolute
+
+
+def _culprit(loss: Tensor, activations: list[Tensor]) -> str:
+    """What went wrong in a forward pass whose loss is not finite."""
+    for layer, activation in enumerate(activations):
+        if not torch.isfinite(activation).all():
+            return (
+                f"attribution: layer {layer} gives NaN or inf in {activation.dtype}: check the "
+                "checkpoint, or use dtype='float32'"
+            )
+    return f"attribution: the model's loss is {float(loss)}; try dtype='float32'"
 
 
 def _reduce(signed: Tensor, absolute: Tensor, reduction: str) -> Tensor:
@@ -139,17 +171,7 @@ def _inference_with_graph(model: nn.Module) -> Iterator[None]:
     """Eval mode, parameters frozen, the embedding output the only leaf: gradients of activations
     alone.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = model.training
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     handle = embeddings.register_forward_hook(lambda _m, _a, output: output.requires_grad_())
-    try:
+    with frozen(model), handle:
         yield
-    finally:
-        handle.remove()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        model.train(training)

@@ -89,6 +89,31 @@ def lent(*models: Any, kept: Any) -> Iterator[None]:
             module._compiled_call_impl = values["_compiled_call_impl"]
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, ``model`` is in evaluation mode; each module gets its own training flag back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of ``model`` requires a gradient, and it is in evaluation mode."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def eager(model: Any) -> Any:
     """The module inside what ``torch.compile(model)`` returned; anything else as it is."""
     return getattr(model, "_orig_mod", model) if isinstance(model, nn.Module) else model

@@ -100,8 +100,8 @@ def output_projections(
 ) -> dict[int, str]:
     """Module path of every layer's output projection, which a LoRA on ``modules`` must reach.
 
-    Raises :class:`ModelError` when the interface is not the output of one linear module, and
-    :class:`ConfigError` when ``modules`` leaves that module out.
+    Raises :class:`ModelError` when the interface is not the output of one linear module that can be
+    adapted, and :class:`ConfigError` when ``modules`` leaves that module out.
     """
     paths = {}
     for layer in layers:
@@ -114,9 +114,14 @@ def output_projections(
             )
         path = found[0]
         if path not in anatomy.lora_targets(layer, modules):
+            name = path.rpartition(".")[2]
+            if modules is None:
+                raise ModelError(
+                    f"the ridge solution goes into {name!r} of target layer {layer}, which no "
+                    "adapter can change reliably: use solver='adamw' with warm_start=False"
+                )
             raise ConfigError(
-                f"target_modules={list(modules or ())} leaves out {path.rpartition('.')[2]!r}, "
-                "where the ridge solution goes"
+                f"target_modules={list(modules)} leaves out {name!r}, where the ridge solution goes"
             )
         paths[layer] = path
     return paths

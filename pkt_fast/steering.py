@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from .anatomy import Anatomy
 from .config import TransferConfig
 from .data import IGNORE_INDEX, Batch, ExampleSet, batch_indices, collate
-from .errors import NumericsError
+from .errors import ModelError, NumericsError
 from .objectives import Rows, WeightedTerm
 from .phases import INPUT
 from .stores import ActivationStore, prefetched
 
 Record = dict[str, float | int]
 OnStep = Callable[[Record], None]
+
+_FLOAT16_SCALE = 2.0**12  # the loss scale a float16 model starts with
 
 
 # --------------------------------------------------------------------------- the adapter
@@ -41,7 +43,7 @@ def attach_lora(
 
     ``config.target_modules`` names them; by default they are the paper's up, down, value and output
     projections.  ``paths`` names them in full instead.  The initialisation depends on
-    ``config.seed`` alone.
+    ``config.seed`` alone.  Raises :class:`ModelError` for modules that PEFT refuses.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -60,7 +62,10 @@ def attach_lora(
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        wrapped: nn.Module = get_peft_model(model, lora)  # type: ignore[arg-type]
+        try:
+            wrapped: nn.Module = get_peft_model(model, lora)  # type: ignore[arg-type]
+        except ValueError as error:  # a module it does not know, or one it knows to be bypassed
+            raise ModelError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
     return wrapped
 
 
@@ -283,7 +288,8 @@ def train(
 ) -> list[Record]:
     """Minimise the weighted terms over ``parameters``; one record a step.
 
-    Losses stay on the device and are read every ``config.log_every`` steps.  Raises
+    Losses stay on the device and are read every ``config.log_every`` steps.  A float16 model trains
+    on a scaled loss: the gradients of the mean over many rows would be subnormal.  Raises
     :class:`NumericsError` naming the step and the term when a loss is not finite.
     """
     steps = plan_steps(loader.examples.lengths, config)
@@ -295,6 +301,11 @@ def train(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, len(steps), config)
+    )
+    scaler = torch.amp.GradScaler(
+        loader.device.type,
+        init_scale=_FLOAT16_SCALE,
+        enabled=tail.anatomy.head.weight.dtype == torch.float16,
     )
     counts = [example.num_supervised for example in loader.examples]
     log = _LossLog(steps, first_step, config.log_every, on_step)
@@ -310,11 +321,13 @@ def train(
             sums: dict[str, Tensor] = {}
             for _ in step.micro:
                 rows = tail.rows(next(stream))
-                _backward(terms, rows, units, sums)
+                _backward(terms, rows, units, sums, scaler)
             if config.max_grad_norm:
+                scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             rate = float(scheduler.get_last_lr()[0])
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             log.add(number, sums, rate, units["rows"])
@@ -327,7 +340,11 @@ def _units(step: StepPlan, counts: Sequence[int]) -> dict[str, int]:
 
 
 def _backward(
-    terms: Sequence[WeightedTerm], rows: Rows, units: dict[str, int], sums: dict[str, Tensor]
+    terms: Sequence[WeightedTerm],
+    rows: Rows,
+    units: dict[str, int],
+    sums: dict[str, Tensor],
+    scaler: torch.amp.GradScaler,
 ) -> None:
     """Back-propagate one micro-batch's share of the step's mean losses, and add up their values."""
     total: Tensor | None = None
@@ -338,7 +355,7 @@ def _backward(
         shown = weighted if term.name == "layer_loss" else share
         sums[term.name] = sums.get(term.name, 0) + shown.detach()
     assert total is not None
-    total.backward()
+    scaler.scale(total).backward()
 
 
 @contextlib.contextmanager

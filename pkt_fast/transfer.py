@@ -239,8 +239,7 @@ class _Run:
         """Attribute, pair, align, steer."""
         self.source.to(self.device)
         self._pair()
-        if self._solves:
-            self._check_solvable()
+        self._check_adaptable()
         maps = self._map()
         supervision = self._source_pass(maps)
         source_head = None
@@ -580,14 +579,16 @@ class _Run:
         """Whether the closed-form solution is wanted, as the result or as a start."""
         return self.config.solver == "ridge" or self.config.warm_start
 
-    def _check_solvable(self) -> None:
-        """Refuse, before any pass over the data, layers that have no output projection."""
-        output_projections(
-            Anatomy.of(self.target),
-            [pair.target for pair in self.pairs],
-            self.config.interface,
-            self.config.target_modules,
-        )
+    def _check_adaptable(self) -> None:
+        """Refuse, before any pass over the data, layers that have nothing to adapt, or no output
+        projection where one is solved for.
+        """
+        target, modules = Anatomy.of(self.target), self.config.target_modules
+        layers = [pair.target for pair in self.pairs]
+        for layer in layers:
+            target.lora_targets(layer, modules)
+        if self._solves:
+            output_projections(target, layers, self.config.interface, modules)
 
     def _solve(
         self, model: nn.Module, layers: Sequence[int], loader: Loader, first_step: int

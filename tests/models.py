@@ -100,11 +100,20 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 
 FAMILIES = list(_CONFIGS)
 
+# Blocks of one sublayer, so not for tests of the MLP interface.
+_MAMBA = {"hidden_size": 48, "num_hidden_layers": 4, "state_size": 8, "expand": 2}
+_STATE_SPACE: dict[str, dict[str, Any]] = {
+    "mamba": _MAMBA,
+    "mamba2": {**_MAMBA, "num_heads": 8, "head_dim": 12, "n_groups": 1},
+    "falcon_mamba": _MAMBA,
+}
+STATE_SPACE_FAMILIES = list(_STATE_SPACE)
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The config of a tiny model of ``family``; ``overrides`` are config fields."""
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    settings = {"vocab_size": VOCAB, **tokens, **_CONFIGS[family], **overrides}
+    settings = {"vocab_size": VOCAB, **tokens, **(_CONFIGS | _STATE_SPACE)[family], **overrides}
     return AutoConfig.for_model(family, **settings)
 
 

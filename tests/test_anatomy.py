@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import FAMILIES, randomize, tiny_model, token_batch
+from models import FAMILIES, STATE_SPACE_FAMILIES, randomize, tiny_model, token_batch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -504,6 +504,8 @@ def test_lora_targets():
     }
     assert targets("mixtral") == {"self_attn.v_proj", "self_attn.o_proj"}
     assert targets("llama", ["q_proj", "down_proj"]) == {"self_attn.q_proj", "mlp.down_proj"}
+    for family in STATE_SPACE_FAMILIES:  # fused kernels read the other weights past an adapter
+        assert targets(family) == {"mixer.in_proj"}
     with pytest.raises(ConfigError, match=r"up_proj.*layer 1.*c_attn.*c_fc.*c_proj"):
         targets("gpt2", ["up_proj"])
 

@@ -1,5 +1,7 @@
 """Layer scores equal Captum's LayerGradientXActivation, summed per example."""
 
+import importlib
+
 import pytest
 import torch
 from captum.attr import LayerGradientXActivation
@@ -11,6 +13,8 @@ from pkt_fast.anatomy import Anatomy
 from pkt_fast.attribution import gradient_x_activation
 from pkt_fast.data import Batch, Example, collate
 from pkt_fast.errors import ConfigError, DataError, NumericsError
+
+attribution = importlib.import_module("pkt_fast.attribution")  # the package has a function too
 
 
 def make_batch(vocabulary, lengths=(9, 5, 7), seed=0) -> Batch:
@@ -105,13 +109,36 @@ def test_padding_changes_nothing():
     torch.testing.assert_close(attribute(model, alone), together, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("strength", [0.01, 1.0, 50.0])
+def test_float16_gradients_neither_vanish_nor_overflow(family, strength):
+    model = tiny_model(family, seed=4)
+    # Gradients scale with the final norm; the activations below it stay as they are.
+    with torch.no_grad():
+        for parameter in Anatomy.of(model).final_norm.parameters():
+            parameter.mul_(strength)
+    batch = make_batch(Anatomy.of(model).vocab_size, lengths=(60, 40))
+    exact = attribute(model, [batch])
+    torch.testing.assert_close(attribute(model.half(), [batch]), exact, rtol=0.05, atol=0)
+
+
+def test_float16_retries_with_a_smaller_loss(monkeypatch):
+    model = tiny_model("llama", seed=4).half()
+    batch = make_batch(96)
+    expected = attribute(model, [batch])
+    monkeypatch.setattr(attribution, "_FLOAT16_SCALES", (2.0**40, 2.0**4))
+    torch.testing.assert_close(attribute(model, [batch]), expected, rtol=0.01, atol=0)
+
+
 def test_the_model_is_left_as_it_was():
     model = tiny_model("llama").train()
     model.model.layers[0].requires_grad_(False)
+    model.model.layers[1].eval()
     before = [p.requires_grad for p in model.parameters()]
+    training = [m.training for m in model.modules()]
     attribute(model, [make_batch(96)])
     assert [p.requires_grad for p in model.parameters()] == before
-    assert model.training
+    assert [m.training for m in model.modules()] == training
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -134,5 +161,5 @@ def test_refusals():
         attribute(model, [empty])
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
-    with pytest.raises(NumericsError, match="layer"):
+    with pytest.raises(NumericsError, match="layer 2 gives NaN"):
         attribute(model, [make_batch(96)])

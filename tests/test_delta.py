@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from models import tiny_model, token_batch
+from models import STATE_SPACE_FAMILIES, tiny_model, token_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from pkt_fast import LayerDelta, eject, inject
+from pkt_fast.anatomy import Anatomy
 from pkt_fast.errors import DeltaError, OutputError
 
 
@@ -77,6 +78,25 @@ def test_inject_equals_the_adapter_and_eject_restores_the_bits(family, dtype):
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, before[name]), name
     assert eject(plain) == 0
+
+
+@pytest.mark.parametrize("family", STATE_SPACE_FAMILIES)
+def test_a_bfloat16_state_space_model_differs_from_its_adapter_by_rounding_alone(family):
+    # bfloat16 itself moves the logits of such a model a lot, with or without a delta; so compare
+    # with float64, and bit by bit with what PEFT merges.
+    targets = Anatomy.of(tiny_model(family, seed=3)).lora_targets(1)
+    adapted = with_adapter(family, torch.bfloat16, targets)
+    delta = LayerDelta.from_peft(adapted)
+    plain = tiny_model(family, seed=3).to(torch.bfloat16)
+    exact = tiny_model(family, seed=3).double()
+    for path, change in delta.changes.items():
+        weight = plain.get_submodule(path).weight.double()
+        exact.get_submodule(path).weight.data.copy_(weight + change.matrix().double())
+    inject(plain, delta)
+    got, expected, attached = logits(plain), logits(exact), logits(adapted)
+    merged = logits(adapted.merge_and_unload())
+    assert torch.equal(got, merged)
+    assert (got - expected).norm() < 2 * (attached - expected).norm()
 
 
 def test_injections_stack_and_scale():

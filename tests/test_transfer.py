@@ -1,5 +1,6 @@
 """The whole transfer against the one-phase reference, and everything around it."""
 
+import importlib
 import json
 
 import pytest
@@ -31,6 +32,7 @@ from pkt_fast.steering import (
     plan_steps,
 )
 
+TRANSFER = importlib.import_module("pkt_fast.transfer")  # the package has a function too
 TOKENIZER = toy_tokenizers.byte_level(bos=False)
 ROWS = [
     {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok" * (1 + b % 2)}
@@ -379,3 +381,29 @@ def test_a_compiled_tail_gives_the_same_adapter():
     compiled = transfer(source, target, layers=[1], compile=True)
     assert relative_error(compiled.delta, plain.delta) < 1e-4
     assert all(block._compiled_call_impl is None for block in target.model.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_a_float16_target_trains_on_the_gradients_of_a_float32_one(family, monkeypatch):
+    taken = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            taken.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recording)
+    # A small layer weight stands for the many rows a mean is taken over in earnest.
+    options = {"epochs": 1, "batch_size": len(ROWS), "layers": [2], "output_weight": 1e-3}
+    options |= {"layer_weight": 1e-3, "rank": 4}
+    for dtype in (torch.float32, torch.float16):
+        source, target = (m.to(dtype) for m in pair(family))
+        transfer(source, target, **options)
+    exact, half = (torch.cat([g.flatten() for g in step]) for step in taken)
+    assert (half - exact).norm() < 0.01 * exact.norm()
+
+
+def test_nothing_to_adapt_is_found_before_the_data_is_passed(monkeypatch):
+    monkeypatch.setattr(TRANSFER, "run_source", None)
+    with pytest.raises(ConfigError, match=r"target_modules \['nope'\]"):
+        transfer(*pair(), layers=[1], target_modules=["nope"])

@@ -17,7 +17,8 @@ from ..anatomy import Anatomy
 from ..data import Batch, ExampleSet, batches, encode
 from ..delta import LayerDelta
 from ..errors import ConfigError
-from ..evaluation.evaluate import evaluating, injected
+from ..evaluation.evaluate import injected
+from ..lending import evaluating
 from ..loading import pad_token_id
 from ..pairing import source_for
 from ..progress import Phases

@@ -11,8 +11,9 @@ from torch import nn
 from ..anatomy import Anatomy
 from ..data import encode
 from ..errors import ConfigError
+from ..lending import evaluating
 from ..vocabulary import match_vocabularies, same_tokenization
-from .evaluate import evaluating, scoring_batches
+from .evaluate import scoring_batches
 from .rows import logit_chunks, supervised_hidden
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..data import Batch, ExampleSet, batches, encode, read_rows
 from ..delta import LayerDelta, eject, inject
 from ..errors import ConfigError
+from ..lending import evaluating
 from ..loading import load_model, load_tokenizer, pad_token_id, resolve_device
 from .answers import matches, reference_reply
 from .generation import generate_replies
@@ -133,17 +134,6 @@ def injected(model: nn.Module, delta: LayerDelta | str | os.PathLike[str] | None
         yield
     finally:
         eject(model, latest=True)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, ``model`` is in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def scoring_batches(examples: ExampleSet, tokenizer: Any, batch_size: int) -> Iterator[Batch]:

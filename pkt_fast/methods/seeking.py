@@ -21,6 +21,7 @@ from ..anatomy import Anatomy
 from ..data import Batch
 from ..delta import LayerDelta, LowRank, inject
 from ..errors import ConfigError, NumericsError
+from ..lending import frozen
 from ..steering import adapter_parameters, attach_lora
 from .delta_maker import (
     DeltaMaker,
@@ -65,7 +66,9 @@ def sensitivity(model: nn.Module, batches: Iterable[Batch], paths: Sequence[str]
     layers = torch.zeros(anatomy.num_layers, dtype=torch.float64)
     rows: dict[tuple[int, str], Tensor] = {}
     columns: dict[tuple[int, str], Tensor] = {}
-    with _blocks_trainable(model, anatomy):
+    with frozen(model):
+        for module in anatomy.layers:
+            module.requires_grad_(True)
         for batch in batches:
             batch = batch.to(anatomy.head.weight.device)
             loss = model(**batch.model_inputs(), labels=batch.labels, use_cache=False).loss
@@ -96,25 +99,6 @@ def sensitivity(model: nn.Module, batches: Iterable[Batch], paths: Sequence[str]
 
 def _add(sums: dict[tuple[int, str], Tensor], key: tuple[int, str], value: Tensor) -> None:
     sums[key] = sums[key] + value.double() if key in sums else value.double()
-
-
-class _blocks_trainable:
-    """Eval mode with gradients for the blocks' parameters alone; restores every flag."""
-
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
-        self.model, self.anatomy = model, anatomy
-
-    def __enter__(self) -> None:
-        self.training = self.model.training
-        self.flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        self.model.eval().requires_grad_(False)
-        for block in self.anatomy.layers:
-            block.requires_grad_(True)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
-        self.model.train(self.training)
 
 
 def most_sensitive(scores: Tensor, count: int) -> Tensor:
