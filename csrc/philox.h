@@ -15,6 +15,9 @@
 namespace pkt {
 namespace {
 
+constexpr uint32_t kPhiloxFactor0 = 0xD2511F53u, kPhiloxFactor1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxStep0 = 0x9E3779B9u, kPhiloxStep1 = 0xBB67AE85u;
+
 // Philox-4x32-10 with key `seed` and counter (quad, row, matrix, 0): the words of elements
 // 4·quad … 4·quad + 3 of one row of one matrix.
 PKT_BOTH void philox(uint64_t seed, uint32_t quad, uint32_t row, uint32_t matrix, uint32_t* words) {
@@ -26,14 +29,14 @@ PKT_BOTH void philox(uint64_t seed, uint32_t quad, uint32_t row, uint32_t matrix
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
+    const uint64_t p0 = uint64_t(kPhiloxFactor0) * c0, p1 = uint64_t(kPhiloxFactor1) * c2;
     const uint32_t n0 = uint32_t(p1 >> 32) ^ c1 ^ k0, n2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
     c1 = uint32_t(p1);
     c3 = uint32_t(p0);
     c0 = n0;
     c2 = n2;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    k0 += kPhiloxStep0;
+    k1 += kPhiloxStep1;
   }
   words[0] = c0;
   words[1] = c1;

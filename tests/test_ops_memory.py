@@ -532,6 +532,31 @@ def test_stochastic_rounding_draws_the_documented_words(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_equals_the_reference_to_the_bit(dtype):
+    """Where every float32 sum is rounded once by both: all magnitudes, overflow, inf and NaN."""
+    generator = torch.Generator().manual_seed(21)
+
+    def spread(rows, low, high):
+        exponents = torch.randint(low, high, (rows, 205), generator=generator)
+        return normal(generator, rows, 205) * 2.0**exponents
+
+    delta = spread(1, -40, 20)
+    delta[0, :5] = torch.tensor([math.inf, math.nan, 3e38, -65519.0, -0.0])
+    start = spread(61, -30, 16).to(dtype)
+    start[7] = 0.0
+    results = {}
+    for name in ("native", "reference"):
+        weights = [start.clone(), start.T.contiguous()]
+        with ops.backend(name):
+            counts = ops.inject_(
+                weights, [delta] * 2, [torch.ones(61, 1)] * 2, [1.0] * 2, [False, True], [], 1 << 35
+            )
+        results[name] = [counts, *weights]
+    for got, expected in zip(results["native"], results["reference"], strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_stochastic_rounding_is_right_on_average(backend, dtype):
     """Subnormal, normal and near-overflow values: the mean error falls as 1/√n."""
     for level in (3e-7, 3e-5, 1.0, 1000.0):

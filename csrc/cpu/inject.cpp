@@ -3,8 +3,7 @@
 // left is packed in groups of kRows rows and right in panels of two vectors, so that the innermost
 // loop holds a kRows × 2 block of the product in registers.  A block of panels stays in the L2 cache
 // while a task's rows of W stream past it.
-#include "cpu/simd.h"
-#include "philox.h"
+#include "cpu/stochastic.h"
 
 namespace pkt {
 namespace PKT_ISA {
@@ -46,53 +45,27 @@ void pack(const Factor& factor, bool by_column, int64_t from, int64_t count, int
   }
 }
 
-PKT_INLINE bf16 stochastic(float x, uint32_t word, const bf16*) {
-  bf16 y;
-  if (!(std::fabs(x) <= 3.4028235e38f)) narrow(x, &y);
-  else y.bits = uint16_t(stochastic_bf16(bits_of(x), word));
-  return y;
-}
-PKT_INLINE f16 stochastic(float x, uint32_t word, const f16*) {
-  f16 y;
-  if (!(std::fabs(x) <= 3.4028235e38f)) narrow(x, &y);
-  else y.bits = uint16_t(stochastic_f16(std::fabs(x), bits_of(x), word));
-  return y;
-}
-// Nothing is lost in these: no rounding to randomise.
-PKT_INLINE float stochastic(float x, uint32_t, const float*) { return x; }
-PKT_INLINE double stochastic(double x, uint32_t, const double*) { return x; }
-
 // Two vectors of one row: add s·delta, keep the old bits, count what did not change.
-template <bool kRandom, class T, class Vector, class Scalar>
+template <bool kRandom, class T, class Vector>
 PKT_INLINE int64_t finish_row(T* w, T* backup, Vector first, Vector second, Vector scale,
-                              const uint32_t* words) {
+                              const Place& at) {
   constexpr int width = Vector::width;
   if (backup) std::memcpy(backup, w, 2 * width * sizeof(T));
   first = fma(first, scale, load(w));
   second = fma(second, scale, load(w + width));
-  if (!kRandom) return exchange(w, first, second);
-  Scalar sums[2 * width];
-  T rounded[2 * width];
-  store(sums, first);
-  store(sums + width, second);
-  int64_t same = 0;
-  for (int i = 0; i < 2 * width; ++i) {
-    rounded[i] = stochastic(sums[i], words[i], w);
-    same += widen(rounded[i]) == widen(w[i]);
-  }
-  std::memcpy(w, rounded, sizeof rounded);
-  return same;
+  if constexpr (kRandom) round_stochastically(at, w, &first, &second);
+  return exchange(w, first, second);
 }
 
 // The same for the last columns of a matrix, through a copy as wide as a panel.
-template <bool kRandom, class T, class Vector, class Scalar>
-int64_t finish_tail(T* w, T* backup, Vector first, Vector second, Vector scale,
-                    const uint32_t* words, int64_t columns) {
+template <bool kRandom, class T, class Vector>
+int64_t finish_tail(T* w, T* backup, Vector first, Vector second, Vector scale, const Place& at,
+                    int64_t columns) {
   constexpr int wide = 2 * Vector::width;
   T copy[wide], old[wide];
   std::memset(copy, 0, sizeof copy);
   std::memcpy(copy, w, size_t(columns) * sizeof(T));
-  finish_row<kRandom, T, Vector, Scalar>(copy, old, first, second, scale, words);
+  finish_row<kRandom, T, Vector>(copy, old, first, second, scale, at);
   int64_t same = 0;
   for (int64_t i = 0; i < columns; ++i) same += widen(copy[i]) == widen(old[i]);
   std::memcpy(w, copy, size_t(columns) * sizeof(T));
@@ -102,10 +75,9 @@ int64_t finish_tail(T* w, T* backup, Vector first, Vector second, Vector scale,
 
 // kRows × two vectors of W, or fewer at its edges (kWhole false).
 template <bool kRandom, bool kWhole, class T, class Vector, class Scalar>
-int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride,
-                               const Scalar* left, const Scalar* right, int64_t rank, Scalar scale,
-                               const uint32_t* words, int64_t words_stride, int64_t rows,
-                               int64_t columns, const T* next) {
+int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride, const Scalar* left,
+                    const Scalar* right, int64_t rank, Scalar scale, Place at, int64_t rows,
+                    int64_t columns, const T* next) {
   constexpr int width = Vector::width, wide = 2 * width;
   const Vector zero = splat(Scalar(0));
   Vector first[kRows], second[kRows];
@@ -125,11 +97,10 @@ int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride,
     PKT_PREFETCH(next + m * stride);
     T* const row = w + m * stride;
     T* const kept = backup ? backup + m * backup_stride : nullptr;
-    const uint32_t* const random = kRandom ? words + m * words_stride : nullptr;
     same += kWhole || columns >= wide
-                ? finish_row<kRandom, T, Vector, Scalar>(row, kept, first[m], second[m], s, random)
-                : finish_tail<kRandom, T, Vector, Scalar>(row, kept, first[m], second[m], s, random,
-                                                          columns);
+                ? finish_row<kRandom, T, Vector>(row, kept, first[m], second[m], s, at)
+                : finish_tail<kRandom, T, Vector>(row, kept, first[m], second[m], s, at, columns);
+    ++at.row;
   }
   return same;
 }
@@ -160,8 +131,6 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
     for (int64_t panel = 0; panel < panels; ++panel) {
       pack(matrix.right, true, panel * wide, wide, columns, rank, right + panel * rank * wide);
     }
-    const int64_t words_stride = block * wide;
-    uint32_t* const words = kRandom ? new uint32_t[kRows * words_stride] : nullptr;
     int64_t same = 0;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
@@ -171,14 +140,6 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
         const int64_t to = from + block < panels ? from + block : panels;
         for (int64_t row = top; row < bottom; row += kRows) {
           const int64_t here = bottom - row < kRows ? bottom - row : kRows;
-          if (kRandom) {
-            for (int64_t m = 0; m < here; ++m) {
-              for (int64_t quad = 0; quad < (to - from) * wide / 4; ++quad) {
-                philox(job.seed, uint32_t(from * wide / 4 + quad), uint32_t(row + m), number,
-                       words + m * words_stride + quad * 4);
-              }
-            }
-          }
           T* const w = static_cast<T*>(matrix.weight) + row * matrix.stride;
           T* const backup = matrix.backup
                                 ? static_cast<T*>(matrix.backup) + row * matrix.backup_stride
@@ -191,13 +152,12 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
                 w + column, matrix.stride, backup ? backup + column : nullptr,
                 matrix.backup_stride, left + row / kRows * rank * kRows,
                 right + panel * rank * wide, rank, Scalar(matrix.scale),
-                kRandom ? words + (column - from * wide) : nullptr, words_stride, here,
-                columns - column, w + column + (row + kRows < bottom ? kRows * matrix.stride : 0));
+                Place{job.seed, uint32_t(row), uint32_t(column), number}, here, columns - column,
+                w + column + (row + kRows < bottom ? kRows * matrix.stride : 0));
           }
         }
       }
     }
-    delete[] words;
 #pragma omp atomic
     unchanged += same;
   }
