@@ -38,8 +38,8 @@ entry that fails the report on an architecture names it in ``never_on`` and is n
 batch: a key that changes would time the whole list again.
 
 **Conventions of the kernels.**  Reductions and dot products accumulate in float32.
-``INTERPRETED`` is passed to kernels that call ``tl.dot``: the interpreter multiplies bf16 operands
-as raw integers, so they are cast to float32 there.  Float64 storage is left to the reference.
+Kernels that call ``tl.dot`` widen its operands where ``INTERPRETED``: the interpreter multiplies
+bf16 operands as raw integers.  Float64 storage is left to the reference.
 """
 
 from __future__ import annotations
@@ -198,6 +198,12 @@ def device_of(like: Tensor) -> Any:
     return torch.cuda.device(like.device if like.is_cuda else -1)
 
 
+def to_device(values: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A small table on the device of ``like``; the host does not wait for the copy."""
+    table = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return table.to(like.device, non_blocking=True)
+
+
 _TAKES_CACHE = "cache_results" in inspect.signature(triton.autotune).parameters
 
 
@@ -227,6 +233,11 @@ def autotune(tiles: Sequence[Tile], key: list[str]) -> Any:
 def row_major(x: Tensor) -> Tensor:
     """``x`` with its channels contiguous; other strides are left alone."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def near_rows(x: Tensor, count: int = 256) -> Tensor:
+    """``x`` with its channels contiguous and ``count`` rows (those of a tile) in 32-bit reach."""
+    return row_major(x) if x.stride(0) * count < 1 << 31 else x.contiguous()
 
 
 @triton.jit

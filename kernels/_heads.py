@@ -16,7 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import TRITON_DTYPE, Tile, autotune, dot_precision, power_of_two_scale
+from ._common import (
+    INTERPRETED,
+    Tile,
+    autotune,
+    dot_precision,
+    persistent_programs,
+    power_of_two_scale,
+)
 
 WORKSPACE_BYTES = 64 << 20
 SMALLEST_CHUNK = 1024
@@ -49,21 +56,42 @@ def workspace_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
     return torch.bfloat16 if same else torch.float32
 
 
+def widened(x: torch.dtype, y: torch.dtype) -> bool:
+    """Whether operands of these dtypes are multiplied as float32."""
+    return x != y or x == torch.float32
+
+
 def operands(x: torch.dtype, y: torch.dtype) -> dict[str, object]:
     """Constants of a tile product: whether to widen the operands first, and how to multiply."""
-    wide = x != y or x == torch.float32
-    return {"WIDE": wide, "PRECISION": dot_precision() if wide else "ieee"}
+    wide = widened(x, y)
+    return {"WIDE": wide or INTERPRETED, "PRECISION": dot_precision() if wide else "ieee"}
 
 
-def triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a storage dtype."""
-    return TRITON_DTYPE[dtype]
+def label_splits(like: Tensor, rows: int, labels: int) -> int:
+    """Into how many runs of labels a stream is split, so that few rows fill the GPU too."""
+    programs = persistent_programs(like, triton.cdiv(labels, 128), 2)
+    return max(1, programs // triton.cdiv(rows, 128))
+
+
+def copy_saturated(out: Tensor, values: Tensor) -> Tensor:
+    """``values`` written to ``out``, at most its largest; ``values`` are used up."""
+    limit = torch.finfo(out.dtype).max
+    return out.copy_(values.clamp_(-limit, limit))
+
+
+@triton.jit
+def share_of_labels(labels, BLOCK_V: tl.constexpr):
+    """Where this program's run of labels starts and ends; axis 1 of the grid splits them."""
+    share = tl.cdiv(tl.cdiv(labels, BLOCK_V), tl.num_programs(1)) * BLOCK_V
+    start = tl.program_id(1) * share
+    return start, tl.minimum(start + share, labels)
 
 
 @triton.jit
 def product_tile(
     X,
     W,
+    Bias,
     scale,
     first_x,
     first_w,
@@ -72,16 +100,17 @@ def product_tile(
     width,
     stride_x,
     stride_w,
-    SCALED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(scale·X)·Wᵀ for BLOCK_N rows of X and BLOCK_V rows of W.
+    """scale·(X·Wᵀ + Bias) for BLOCK_N rows of X and BLOCK_V rows of W.
+
+    ``Bias`` has one number for each row of W, ``scale`` is a power of two for each row of X; either
+    may be None.
 
     Addresses are a 64-bit origin and 32-bit offsets within the tile.  Rows past the end re-read the
     last one, which costs no mask; the caller drops them.
@@ -102,12 +131,18 @@ def product_tile(
             keep = (k + col < width)[None, :]
             x = tl.load(X + k + at_x, mask=keep, other=0.0)
             w = tl.load(W + k + at_w, mask=keep, other=0.0)
-        if SCALED:
-            x = (x.to(tl.float32) * scale[:, None]).to(x.dtype)
-        if WIDE or INTERPRETED:
+        if WIDE:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
+        if scale is not None:
+            x = (x.to(tl.float32) * scale[:, None]).to(x.dtype)
         product = tl.dot(x, tl.trans(w), product, input_precision=PRECISION)
+    if Bias is not None:
+        label = first_w + tl.arange(0, BLOCK_V)
+        bias = tl.load(Bias + label, mask=label < labels, other=0.0).to(tl.float32)[None, :]
+        if scale is not None:
+            bias = bias * scale[:, None]
+        product += bias
     return product
 
 

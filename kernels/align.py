@@ -30,10 +30,11 @@ from ._common import (
     autotune,
     device_of,
     dot_precision,
+    near_rows,
     persistent_programs,
     reciprocal_norm,
-    row_major,
     size_class,
+    to_device,
 )
 
 
@@ -211,11 +212,6 @@ _half_kernel = autotune(_HALF_TILES, key=_KEY)(_align_kernel)
 _float_kernel = autotune(_FLOAT_TILES, key=_KEY)(_align_kernel)
 
 
-def _operand(x: Tensor) -> Tensor:
-    """``x`` with contiguous channels and rows close enough for 32-bit offsets within a tile."""
-    return row_major(x) if x.stride(0) < 1 << 23 else x.contiguous()
-
-
 def _launch(
     hidden: Sequence[Tensor], matrix: Sequence[Tensor], out: Sequence[Tensor], normalize: bool
 ) -> None:
@@ -229,7 +225,7 @@ def _launch(
             (h.data_ptr(), a.data_ptr(), o.data_ptr(), h.shape[0], h.stride(0))
             for h, a, o in zip(hidden, matrix, out, strict=True)
         ]
-        table = torch.tensor(entries, dtype=torch.int64).to(x.device)
+        table = to_device(entries, torch.int64, x)
     aligned = width % 16 == 0 and all(
         h.data_ptr() % 16 == 0 and a.data_ptr() % 16 == 0 and h.stride(0) % 16 == 0
         for h, a in zip(hidden, matrix, strict=True)
@@ -260,17 +256,21 @@ def align_rows_grouped(
     """h·Mᵀ (÷‖h‖ when ``normalize``) of every pair (N_g, D_src), (D_tgt, D_src) -> (N_g, D_tgt).
 
     Groups of equal widths and dtype share one launch.  A zero row gives a zero row.
+
+    While a CUDA graph is captured every group has a launch of its own: a replay would copy the
+    table of addresses again, from host memory that is free by then.
     """
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     out = [h.new_empty(h.shape[0], m.shape[0]) for h, m in zip(hidden, matrix, strict=True)]
     launches: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for g, (h, m) in enumerate(zip(hidden, matrix, strict=True)):
         if h.shape[1] == 0:
             out[g].zero_()
         elif out[g].numel():
-            launches[(*m.shape, h.dtype)].append(g)
+            launches[(*m.shape, h.dtype, g if capturing else None)].append(g)
     for groups in launches.values():
         _launch(
-            [_operand(hidden[g]) for g in groups],
+            [near_rows(hidden[g]) for g in groups],
             [matrix[g].contiguous() for g in groups],
             [out[g] for g in groups],
             normalize,

@@ -18,15 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    INTERPRETED,
     STORAGE,
     KernelSpec,
     Target,
     device_of,
+    near_rows,
     reciprocal_norm,
-    row_major,
 )
-from ._heads import label_chunks, logit_tile, operands, product_tile, row_scale, tuned
+from ._heads import label_chunks, logit_tile, operands, product_tile, row_scale, tuned, widened
 
 _TILES = {  # by whether operands are multiplied as float32
     False: [
@@ -80,7 +79,6 @@ def _coefficient_kernel(
     stride_s,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -94,8 +92,8 @@ def _coefficient_kernel(
     keep = row < rows
     scale = tl.load(Scale + row, mask=keep, other=0.0)
     a = product_tile(
-        H, S, scale, first_row, first_label, rows, labels, width, stride_h, stride_s,
-        True, WIDE, PRECISION, INTERPRETED, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
+        H, S, None, scale, first_row, first_label, rows, labels, width, stride_h, stride_s,
+        WIDE, PRECISION, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
     )  # fmt: skip
     a *= tl.load(Inverse + row, mask=keep, other=0.0)[:, None]
     if Cut is not None:
@@ -158,17 +156,18 @@ def decompose(
     total = hidden.new_zeros(rows, target_basis.shape[1], dtype=torch.float32)
     if rows == 0 or width == 0 or labels == 0:
         return total.to(hidden.dtype)
-    hidden, source_basis = row_major(hidden), row_major(source_basis)
+    hidden, source_basis = near_rows(hidden), near_rows(source_basis)
     scale, inverse = total.new_empty(2, rows)
     chunks = list(label_chunks(rows, labels, 4))
     half = hidden.dtype == target_basis.dtype == torch.bfloat16
     dtype = torch.bfloat16 if half else torch.float32
-    options = {**operands(hidden.dtype, source_basis.dtype), "INTERPRETED": INTERPRETED}
+    options = operands(hidden.dtype, source_basis.dtype)
+    kernel = _coefficients[widened(hidden.dtype, source_basis.dtype)]
 
     def coefficients(chunk: slice, cut: Tensor | None, dtype: torch.dtype) -> Tensor:
         run = chunk.stop - chunk.start
         out = torch.empty(rows, run, dtype=dtype, device=hidden.device)
-        _coefficients[bool(options["WIDE"])][
+        kernel[
             lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(run, meta["BLOCK_V"]))
         ](
             hidden, source_basis[chunk], scale, inverse, cut, out, rows, run, width,
@@ -229,7 +228,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 **({} if cut else {"Cut": None}),
                 "WIDE": wide,
                 "PRECISION": target.dot_precision if wide else "ieee",
-                "INTERPRETED": False,
                 "EVEN_K": True,
             },
             tiles=_TILES[wide],

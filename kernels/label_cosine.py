@@ -20,7 +20,6 @@ from torch import Tensor
 from pkt_fast.ops.label_cosine import IGNORE_INDEX, check_labels, target_norm
 
 from ._common import (
-    INTERPRETED,
     STORAGE,
     KernelSpec,
     Target,
@@ -28,19 +27,23 @@ from ._common import (
     device_of,
     dot_precision,
     is_hip,
-    persistent_programs,
+    near_rows,
     reciprocal_norm,
     row_major,
     size_class,
 )
 from ._heads import (
+    copy_saturated,
     label_chunks,
+    label_splits,
     logit_tile,
     operands,
     product_tile,
     row_scale,
+    share_of_labels,
     tanh,
     tuned,
+    widened,
     workspace_dtype,
 )
 
@@ -386,7 +389,6 @@ def _cap_stats_kernel(
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -398,20 +400,16 @@ def _cap_stats_kernel(
     keep = row < rows
     scale = tl.load(Scale + row, mask=keep, other=1.0)
     wanted = tl.load(Labels + row, mask=keep, other=_IGNORED)
-    share = tl.cdiv(tl.cdiv(labels, BLOCK_V), tl.num_programs(1)) * BLOCK_V
-    start = tl.program_id(1) * share
+    start, end = share_of_labels(labels, BLOCK_V)
     square = tl.zeros((BLOCK_N,), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     of_label = tl.zeros((BLOCK_N,), tl.float32)
-    for first_label in range(start, tl.minimum(start + share, labels), BLOCK_V):
+    for first_label in range(start, end, BLOCK_V):
         z = product_tile(
-            H, W, scale, first_row, first_label, rows, labels, width, stride_h, stride_w,
-            True, WIDE, PRECISION, INTERPRETED, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
+            H, W, Bias, scale, first_row, first_label, rows, labels, width, stride_h, stride_w,
+            WIDE, PRECISION, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         label = first_label + tl.arange(0, BLOCK_V)
-        if Bias is not None:
-            bias = tl.load(Bias + label, mask=label < labels, other=0.0).to(tl.float32)
-            z += scale[:, None] * bias[None, :]
         z, _ = _capped(z, scale, softcap, CAPPED)
         z = tl.where((label < labels)[None, :], z, 0.0)
         square += tl.sum(z * z, 1)
@@ -486,7 +484,6 @@ def _cap_slope_kernel(
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -499,13 +496,10 @@ def _cap_slope_kernel(
     keep = row < rows
     scale = tl.load(Scale + row, mask=keep, other=1.0)
     z = product_tile(
-        H, W, scale, first_row, first_label, rows, labels, width, stride_h, stride_w,
-        True, WIDE, PRECISION, INTERPRETED, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
+        H, W, Bias, scale, first_row, first_label, rows, labels, width, stride_h, stride_w,
+        WIDE, PRECISION, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
     )  # fmt: skip
     label = first_label + tl.arange(0, BLOCK_V)
-    if Bias is not None:
-        bias = tl.load(Bias + label, mask=label < labels, other=0.0).to(tl.float32)
-        z += scale[:, None] * bias[None, :]
     z, derivative = _capped(z, scale, softcap, CAPPED)
     of_logits = tl.load(OfLogits + row, mask=keep, other=0.0)[:, None]
     of_target = tl.load(OfTarget + row, mask=keep, other=0.0)[:, None]
@@ -541,18 +535,13 @@ def label_cosine_chunked(
     gradient = hidden.new_empty(rows if want_gradient else 0, width)
     if rows == 0 or width == 0:
         return cosines, gradient
-    hidden, weight, labels = row_major(hidden), row_major(weight), labels.contiguous()
+    hidden, weight, labels = near_rows(hidden), near_rows(weight), labels.contiguous()
     keep_share, share, norm_t = 1.0 - smoothing, smoothing / size, target_norm(smoothing, size)
     scale, of_logits, of_target = cosines.new_empty(3, rows)
-    splits = persistent_programs(hidden, triton.cdiv(size, 128), 2)
-    splits = max(1, splits // triton.cdiv(rows, 128))
+    splits = label_splits(hidden, rows, size)
     partial = cosines.new_empty(3, splits, rows)
-    options = {
-        "CAPPED": softcap > 0,
-        **operands(hidden.dtype, weight.dtype),
-        "INTERPRETED": INTERPRETED,
-    }
-    strides, wide = (hidden.stride(0), weight.stride(0)), bool(options["WIDE"])
+    options = {"CAPPED": softcap > 0, **operands(hidden.dtype, weight.dtype)}
+    strides, wide = (hidden.stride(0), weight.stride(0)), widened(hidden.dtype, weight.dtype)
     with device_of(hidden):
         _row_scale_kernel[(triton.cdiv(rows, _ROWS),)](
             hidden, scale, rows, width, hidden.stride(0),
@@ -584,8 +573,7 @@ def label_cosine_chunked(
             )  # fmt: skip
             total += slope @ weight[chunk].to(dtype)
     total *= scale[:, None]
-    limit = torch.finfo(gradient.dtype).max
-    return cosines, gradient.copy_(total.clamp_(-limit, limit))
+    return cosines, copy_saturated(gradient, total)
 
 
 def aot_specs(target: Target) -> list[KernelSpec]:
@@ -667,7 +655,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "CAPPED": True,
                 "WIDE": wide,
                 "PRECISION": target.dot_precision if wide else "ieee",
-                "INTERPRETED": False,
                 "EVEN_K": True,
             },
             tiles=_CAP_TILES[wide],

@@ -15,16 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
-    INTERPRETED,
     STORAGE,
     KernelSpec,
     Target,
     device_of,
-    persistent_programs,
-    row_major,
+    near_rows,
     size_class,
 )
-from ._heads import label_chunks, logit_tile, operands, product_tile, tanh, tuned, workspace_dtype
+from ._heads import (
+    copy_saturated,
+    label_chunks,
+    label_splits,
+    logit_tile,
+    operands,
+    product_tile,
+    share_of_labels,
+    tanh,
+    tuned,
+    widened,
+    workspace_dtype,
+)
 
 _TILES = {  # by whether operands of either model are multiplied as float32
     False: [
@@ -64,7 +74,6 @@ def _scaled_logits(
     CAPPED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -72,12 +81,9 @@ def _scaled_logits(
 ):
     """softcap(W·h + b)/τ of one tile."""
     z = product_tile(
-        H, W, None, first_row, first_label, rows, labels, width, stride_h, stride_w,
-        False, WIDE, PRECISION, INTERPRETED, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
+        H, W, Bias, None, first_row, first_label, rows, labels, width, stride_h, stride_w,
+        WIDE, PRECISION, EVEN_K, BLOCK_N, BLOCK_V, BLOCK_K,
     )  # fmt: skip
-    if Bias is not None:
-        label = first_label + tl.arange(0, BLOCK_V)
-        z += tl.load(Bias + label, mask=label < labels, other=0.0).to(tl.float32)[None, :]
     if CAPPED:
         z = softcap * tanh(z / softcap)
     return z * inverse_temperature
@@ -112,7 +118,6 @@ def _stats_kernel(
     WIDE_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     PRECISION_S: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -121,23 +126,21 @@ def _stats_kernel(
 ):
     """Per split of the labels: max and Σexp of both logit rows, and the weighted sum of KIND."""
     first_row = tl.program_id(0) * BLOCK_N
-    split = tl.program_id(1)
-    share = tl.cdiv(tl.cdiv(labels, BLOCK_V), tl.num_programs(1)) * BLOCK_V
-    start = split * share
+    start, end = share_of_labels(labels, BLOCK_V)
     top_s = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     top_t = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_s = tl.zeros((BLOCK_N,), tl.float32)
     sum_t = tl.zeros((BLOCK_N,), tl.float32)
     weighted = tl.zeros((BLOCK_N,), tl.float32)
-    for first_label in range(start, tl.minimum(start + share, labels), BLOCK_V):
+    for first_label in range(start, end, BLOCK_V):
         a = _scaled_logits(
             HS, WS, BiasS, first_row, first_label, rows, labels, width_s, stride_hs, stride_ws,
-            softcap_s, inverse_temperature, CAPPED_S, WIDE_S, PRECISION_S, INTERPRETED, EVEN_S,
+            softcap_s, inverse_temperature, CAPPED_S, WIDE_S, PRECISION_S, EVEN_S,
             BLOCK_N, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         b = _scaled_logits(
             HT, WT, BiasT, first_row, first_label, rows, labels, width_t, stride_ht, stride_wt,
-            softcap_t, inverse_temperature, CAPPED_T, WIDE_T, PRECISION_T, INTERPRETED, EVEN_T,
+            softcap_t, inverse_temperature, CAPPED_T, WIDE_T, PRECISION_T, EVEN_T,
             BLOCK_N, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         keep = (first_label + tl.arange(0, BLOCK_V) < labels)[None, :]
@@ -160,7 +163,7 @@ def _stats_kernel(
         top_t = new_t
     row = first_row + tl.arange(0, BLOCK_N)
     plane = tl.cast(rows, tl.int64) * tl.num_programs(1)
-    at = Partial + tl.cast(split, tl.int64) * rows + row
+    at = Partial + tl.cast(tl.program_id(1), tl.int64) * rows + row
     tl.store(at, top_s, mask=row < rows)
     tl.store(at + plane, sum_s, mask=row < rows)
     tl.store(at + 2 * plane, top_t, mask=row < rows)
@@ -242,7 +245,6 @@ def _slope_kernel(
     WIDE_S: tl.constexpr,
     PRECISION_T: tl.constexpr,
     PRECISION_S: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -257,19 +259,18 @@ def _slope_kernel(
     row = first_row + tl.arange(0, BLOCK_N)
     lse_s = tl.load(LseS + row, mask=row < rows, other=0.0)
     lse_t = tl.load(LseT + row, mask=row < rows, other=0.0)
-    share = tl.cdiv(tl.cdiv(labels, BLOCK_V), tl.num_programs(1)) * BLOCK_V
-    start = tl.program_id(1) * share
+    start, end = share_of_labels(labels, BLOCK_V)
     of_p = tl.zeros((BLOCK_N,), tl.float32)
     of_q = tl.zeros((BLOCK_N,), tl.float32)
-    for first_label in range(start, tl.minimum(start + share, labels), BLOCK_V):
+    for first_label in range(start, end, BLOCK_V):
         a = _scaled_logits(
             HS, WS, BiasS, first_row, first_label, rows, labels, width_s, stride_hs, stride_ws,
-            softcap_s, inverse_temperature, CAPPED_S, WIDE_S, PRECISION_S, INTERPRETED, EVEN_S,
+            softcap_s, inverse_temperature, CAPPED_S, WIDE_S, PRECISION_S, EVEN_S,
             BLOCK_N, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         b = _scaled_logits(
             HT, WT, BiasT, first_row, first_label, rows, labels, width_t, stride_ht, stride_wt,
-            softcap_t, inverse_temperature, CAPPED_T, WIDE_T, PRECISION_T, INTERPRETED, EVEN_T,
+            softcap_t, inverse_temperature, CAPPED_T, WIDE_T, PRECISION_T, EVEN_T,
             BLOCK_N, BLOCK_V, BLOCK_K,
         )  # fmt: skip
         label = first_label + tl.arange(0, BLOCK_V)
@@ -330,15 +331,13 @@ def linear_kl(
     gradient = target_hidden.new_empty(rows if want_gradient else 0, width)
     if rows == 0:
         return values, gradient
-    ht, wt, hs, ws = map(row_major, (target_hidden, target_head, source_hidden, source_head))
-    of_t, of_s = operands(ht.dtype, wt.dtype), operands(hs.dtype, ws.dtype)
-    wide = bool(of_t["WIDE"] or of_s["WIDE"])
+    ht, wt, hs, ws = map(near_rows, (target_hidden, target_head, source_hidden, source_head))
+    wide = widened(ht.dtype, wt.dtype) or widened(hs.dtype, ws.dtype)
     options = {
         "CAPPED_T": target_softcap > 0,
         "CAPPED_S": source_softcap > 0,
-        **{f"{name}_T": value for name, value in of_t.items()},
-        **{f"{name}_S": value for name, value in of_s.items()},
-        "INTERPRETED": INTERPRETED,
+        **{f"{name}_T": value for name, value in operands(ht.dtype, wt.dtype).items()},
+        **{f"{name}_S": value for name, value in operands(hs.dtype, ws.dtype).items()},
     }
 
     def row_blocks(meta: dict[str, int]) -> int:
@@ -357,8 +356,7 @@ def linear_kl(
 
     labels = wt.shape[0]
     everything = slice(0, labels)
-    splits = persistent_programs(ht, triton.cdiv(labels, 128), 2)
-    splits = max(1, splits // triton.cdiv(rows, 128))
+    splits = label_splits(ht, rows, labels)
     partial = values.new_empty(5, splits, rows)
     lse_s, lse_t = torch.empty_like(values), torch.empty_like(values)
     with device_of(ht):
@@ -389,8 +387,7 @@ def linear_kl(
                 *heads(chunk), lse_s, lse_t, mean, slope, None, *sizes(run), KIND=kind, **options
             )
             total += slope @ wt[chunk].to(dtype)
-    limit = torch.finfo(gradient.dtype).max
-    return values, gradient.copy_(total.clamp_(-limit, limit))
+    return values, copy_saturated(gradient, total)
 
 
 def aot_specs(target: Target) -> list[KernelSpec]:
@@ -435,7 +432,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "WIDE_S": wide,
                 "PRECISION_T": precision,
                 "PRECISION_S": precision,
-                "INTERPRETED": False,
                 "EVEN_T": True,
                 "EVEN_S": True,
             },

@@ -27,8 +27,8 @@ from ._common import (
     autotune,
     device_of,
     dot_precision,
+    near_rows,
     power_of_two_scale,
-    row_major,
 )
 
 _BLOCK_T = 32  # tokens of a tile; fixed, because the launch counts tiles per sequence
@@ -224,7 +224,7 @@ def relation(
     count, rows = starts.shape[0] - 1, x.shape[0]
     if count == 0 or rows == 0 or x.shape[1] == 0 or y.shape[1] == 0:
         return outputs
-    x, y, starts = row_major(x), row_major(y), starts.contiguous()
+    x, y, starts = near_rows(x, rows), near_rows(y, rows), starts.contiguous()
     lengths = starts.diff()
     first_tile = torch.zeros_like(starts)
     torch.cumsum((lengths + _BLOCK_T - 1) // _BLOCK_T, 0, out=first_tile[1:])

@@ -29,13 +29,14 @@ def expect(index, value, *companions, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operands", [1, 2, 3, 4])
+@pytest.mark.parametrize("operands", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_every_combination_of_operands(dtype, operands, normalize, device):
     value, minus, other, other_minus = (rows(40, 37, dtype, device) for _ in range(4))
     given = {
         1: (value,), 2: (value, minus), 3: (value, None, other),
-        4: (value, minus, other, other_minus),
+        4: (value, minus, other, other_minus), 5: (value, minus, other),
+        6: (value, None, other, other_minus),
     }[operands]  # fmt: skip
     index = torch.randint(40, (29,), device=device)
     options = {"lam": 0.25 if operands > 2 else 0.0, "scale": -1.5, "normalize": normalize}

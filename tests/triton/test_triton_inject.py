@@ -32,8 +32,10 @@ def problem(dtype, factors, device, shapes=SHAPES, ranks=RANKS):
 
 @pytest.mark.parametrize("factors", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_list_of_matrices(dtype, factors, device):
-    weights, a, b, scales, transposed = problem(dtype, factors, device)
+@pytest.mark.parametrize("shapes", [SHAPES, [(64, 128), (80, 16)]], ids=["odd", "aligned"])
+def test_list_of_matrices(dtype, factors, shapes, device):
+    ranks = RANKS[: len(shapes)]
+    weights, a, b, scales, transposed = problem(dtype, factors, device, shapes, ranks)
     old = [w.clone() for w in weights]
     backups = [poison(*w.shape, dtype=dtype, device=device) for w in weights]
     counts = kernel.inject_(weights, a, b, scales, transposed, backups, None)
@@ -42,7 +44,7 @@ def test_list_of_matrices(dtype, factors, device):
             old[g].double(), a[g].double(), b[g].double(), scales[g], transposed=transposed[g]
         )
         # A float32 sum over the rank, rounded once; elements stay below 16.
-        assert_close(weight, expected, bound(dtype, RANKS[g]), scale=16.0)
+        assert_close(weight, expected, bound(dtype, ranks[g]), scale=16.0)
         assert torch.equal(backups[g], old[g])
         assert counts[g] == (weight == old[g]).sum()
     assert counts.dtype == torch.int64

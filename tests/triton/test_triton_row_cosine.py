@@ -16,7 +16,8 @@ def check(x, y):
     """
     weight = torch.linspace(-2, 1, len(x), device=x.device)
     cosines, dx, dy = kernel.row_cosine_gradient(x, y, weight, True, True)
-    assert torch.equal(kernel.row_cosine(x, y), cosines)
+    # On a GPU the two may be tuned to different tiles, which add up in another order.
+    assert_close(kernel.row_cosine(x, y), cosines.double(), bound(torch.float32, x.shape[1]))
     exact_x, exact_y = (z.double().detach().requires_grad_() for z in (x, y))
     expected = reference.row_cosine(exact_x, exact_y)
     (expected * weight).sum().backward()
