@@ -32,6 +32,7 @@ from ._common import (
     device_of,
     dot_precision,
     persistent_programs,
+    to_device,
 )
 
 # Tile of W, warps, programs to a multiprocessor: each waits for its tile, multiplies and writes, so
@@ -197,8 +198,8 @@ def _launch(
     factor = left[0].dtype
     with device_of(like):
         _inject_kernel[(persistent_programs(like, tiles, _PROGRAMS),)](
-            torch.tensor(entries, dtype=torch.int64).to(like.device),
-            torch.tensor(scales, dtype=torch.float32).to(like.device),
+            to_device(entries, torch.int64, like),
+            to_device(scales, torch.float32, like),
             unchanged,
             len(weights),
             seed or 0,
