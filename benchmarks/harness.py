@@ -73,10 +73,11 @@ class Case:
         name, shape: what is measured, on what.
         ours: our call.
         peers: calls of others (or :class:`Missing`) by name; the first is the one targets speak of.
-        limits: the least work, by name; the first is the one ratios are taken to.
+        limits: the least work, by name; the first is the one a target speaks of.
+        together: our call has to do the work of all the limits, so the slowest is the limit.
         error: largest difference of our result from the first peer's, relative; run once.
         at_least: peer → how many times faster than it we mean to be.
-        at_most: how many times the first limit we mean to need at most.
+        at_most: how many times that limit we mean to need at most.
         seconds: time to spend on the row, warm-up not counted.
         note: what a reader has to know.
     """
@@ -89,6 +90,7 @@ class Case:
     error: Callable[[], float] | None = None
     at_least: Mapping[str, float] = field(default_factory=dict)
     at_most: float | None = None
+    together: bool = False
     seconds: float = 4.0
     note: str = ""
 
@@ -254,13 +256,16 @@ def _measure(case: Case) -> dict[str, Any]:
         "error": error,
         "note": case.note,
     }
-    return row | judged(row, case.at_least, case.at_most)
+    return row | judged(row, case.at_least, case.at_most, case.together)
 
 
 def judged(
-    row: Mapping[str, Any], at_least: Mapping[str, float], at_most: float | None
+    row: Mapping[str, Any],
+    at_least: Mapping[str, float],
+    at_most: float | None,
+    together: bool = False,
 ) -> dict[str, Any]:
-    """Ratios of a row, and which targets they meet."""
+    """Ratios of a row, that to the limit which counts first, and which targets they meet."""
     ours = row["ours"]["median_s"]
     speedups = {
         name: peer["median_s"] / ours for name, peer in row["peers"].items() if "median_s" in peer
@@ -270,6 +275,8 @@ def judged(
         for name, limit in row["limits"].items()
         if "median_s" in limit
     }
+    if together:
+        of_limit = dict(sorted(of_limit.items(), key=lambda item: item[1]))
     targets = [
         {
             "what": f"≥ {wanted:g}x {name}",
@@ -279,7 +286,7 @@ def judged(
         for name, wanted in at_least.items()
     ]
     if at_most is not None:
-        name = next(iter(row["limits"]))
+        name = next(iter(of_limit if together and of_limit else row["limits"]))
         ratio = of_limit.get(name)
         met = None if ratio is None else ratio <= at_most
         targets.append({"what": f"≤ {at_most:.3g}x {name}", "measured": ratio, "met": met})
@@ -313,7 +320,10 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         ours = row["ours"]
         spread = " to ".join(seconds_text(x) for x in ours["quartiles_s"])
         limits = "; ".join(f"{name} {entry_text(limit)}" for name, limit in row["limits"].items())
-        ratios = "; ".join(f"{ratio:.2f}" for ratio in row["of_limit"].values())
+        ratios = "; ".join(
+            f"{row['of_limit'][name]:.2f}" if name in row["of_limit"] else "–"
+            for name in row["limits"]
+        )
         verdicts = {None: "not measured", True: "met", False: "missed"}
         targets = "; ".join(f"{t['what']}: {verdicts[t['met']]}" for t in row["targets"])
         for number, (name, peer) in enumerate(row["peers"].items()):

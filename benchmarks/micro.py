@@ -23,7 +23,7 @@ from pkt_fast.attribution import attribute
 from pkt_fast.capture import capture
 from pkt_fast.data import Batch
 from pkt_fast.objectives import FrozenHead, Rows, logit_cosine_term
-from pkt_fast.ops._gemm import choice, product
+from pkt_fast.ops._gemm import choice, gram, product
 from pkt_fast.phases import HEAD
 
 
@@ -95,6 +95,20 @@ def _copy(size: int, device: torch.device) -> Call:
 # --------------------------------------------------------------------------- vocabulary
 
 
+def _own_basis_products(weight: Tensor) -> dict[str, Call]:
+    """The two products of a basis by our own kernel; none where the library multiplies."""
+    if weight.device.type != "cpu" or not choice().own:
+        return {}
+    inverse = torch.randn(weight.shape[1], weight.shape[1])
+    out = torch.empty_like(weight)
+    return {
+        "float64 Gram triangle and W·G⁻¹, own kernel": lambda: (
+            gram(weight),
+            product(weight, inverse, out=out),
+        )
+    }
+
+
 def basis(sizes: Sizes, device: torch.device) -> Case:
     weight, _ = _heads(sizes, device)
 
@@ -113,7 +127,8 @@ def basis(sizes: Sizes, device: torch.device) -> Case:
         f"{rows:,}×{width} float32",
         lambda: pkt_fast.SemanticBasis.from_weight(weight).vectors,
         {"torch.linalg.pinv": peer},
-        {"float64 Gram GEMM": _gemm(width, rows, width, device, torch.float64)},
+        _own_basis_products(weight)
+        | {"float64 Gram GEMM": _gemm(width, rows, width, device, torch.float64)},
         error,
         {"torch.linalg.pinv": 5},
         note=f"the head itself takes {rows * width * 4 / 2**20:.0f} MiB, the basis as much again",
@@ -352,11 +367,27 @@ def gradient_activation(sizes: Sizes, device: torch.device) -> Case:
     )
 
 
-def inject(sizes: Sizes, device: torch.device) -> Case:
+RANK = 16
+
+
+def _injection(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight and the factors of its change."""
     rows, columns = sizes.inject
     weight = (0.02 * torch.randn(rows, columns, device=device)).bfloat16()
-    down = torch.randn(16, columns, device=device) / 64
-    up = torch.randn(rows, 16, device=device) / 4096
+    down = torch.randn(RANK, columns, device=device) / 64
+    return weight, down, torch.randn(rows, RANK, device=device) / 4096
+
+
+def _injection_limits(weight: Tensor) -> dict[str, Call]:
+    """Its bytes, and its float32 operations at the rate of a square matrix product."""
+    side = max(1, round((RANK * weight.numel()) ** (1 / 3)))
+    shape, name = (side, side, side), "GEMM of as many operations"
+    operations = _own_gemms(name, weight.device, shape) or {name: _gemm(*shape, weight.device)}
+    return {"copy of the weight": _copy(2 * weight.numel(), weight.device)} | operations
+
+
+def inject(sizes: Sizes, device: torch.device) -> Case:
+    weight, down, up = _injection(sizes, device)
     peer: Any = Missing("pip install peft")
     error = None
     if importlib.util.find_spec("peft"):
@@ -376,15 +407,41 @@ def inject(sizes: Sizes, device: torch.device) -> Case:
     own = weight.clone()
     return Case(
         "inject",
-        f"r=16 into {rows:,}×{columns:,} bfloat16",
+        _injection_shape(weight),
         lambda: ops.inject_([own], [down], [up], [1.0], [False]),
         {"PEFT merge": peer},
-        {"copy of the weight": _copy(2 * rows * columns, device)},
+        _injection_limits(weight),
         error,
         {"PEFT merge": 15},
         1.2,
-        note=f"{2 * 16 * rows * columns / 1e9:.1f} GFLOP of float32 arithmetic besides the bytes",
+        together=True,
+        note=f"{2 * RANK * weight.numel() / 1e9:.1f} GFLOP of float32 arithmetic and the bytes",
     )
+
+
+def inject_stochastic(sizes: Sizes, device: torch.device) -> Case:
+    weight, down, up = _injection(sizes, device)
+
+    def peer() -> Tensor:
+        exact = weight + up @ down
+        noise = torch.randint(1 << 16, weight.shape, dtype=torch.int32, device=device)
+        return ((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+    own = weight.clone()
+    return Case(
+        "inject, stochastic rounding",
+        _injection_shape(weight),
+        lambda: ops.inject_([own], [down], [up], [1.0], [False], [], 0),
+        {"torch expression": peer},
+        _injection_limits(weight),
+        together=True,
+        note="the limits do not count the random words, ten rounds of Philox for four of them; no "
+        "error, as the two draw other numbers",
+    )
+
+
+def _injection_shape(weight: Tensor) -> str:
+    return f"r={RANK} into {weight.shape[0]:,}×{weight.shape[1]:,} bfloat16"
 
 
 def _peft_layer(weight: Tensor, down: Tensor, up: Tensor) -> Any:
@@ -394,7 +451,7 @@ def _peft_layer(weight: Tensor, down: Tensor, up: Tensor) -> Any:
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     base = base.to(weight.device)
     base.weight.data.copy_(weight)
-    layer = Linear(base, "default", LoraConfig(), r=16, lora_alpha=16)
+    layer = Linear(base, "default", LoraConfig(), r=RANK, lora_alpha=RANK)
     layer.lora_A["default"].weight.data = down.clone()
     layer.lora_B["default"].weight.data = up.clone()
     return layer
@@ -548,6 +605,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Case]] = {
     "capture": capture_rows,
     "gradient × activation": gradient_activation,
     "inject": inject,
+    "inject, stochastic rounding": inject_stochastic,
     "row cosine": row_cosine,
     "capture a model": model_capture,
     "attribute a model": model_attribution,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import NumericsError
 from .ops._gemm import gram as own_gram
-from .ops._gemm import serves
+from .ops._gemm import mirror_, serves
 
 BLOCK_ROWS = 4096
 """Vocabulary rows converted to float64 at a time: the only temporary that grows with D alone."""
@@ -45,7 +45,7 @@ def streamed_gram(weight: Tensor) -> Tensor:
         block = weight[rows].to(torch.float64)
         for cut in columns:
             gram[cut, cut.start :].addmm_(block[:, cut].T, block[:, cut.start :])
-    return torch.triu(gram) + torch.triu(gram, 1).T
+    return mirror_(gram)
 
 
 @dataclass(frozen=True)
@@ -70,32 +70,40 @@ def gram_root(gram: Tensor) -> GramRoot:
     width = gram.shape[0]
     cutoff = 4 * width * torch.finfo(torch.float64).eps
     factor, failed = torch.linalg.cholesky_ex(gram, upper=True)
-    if not failed and reciprocal_condition(gram, factor) > 4 * cutoff:
-        return GramRoot(factor, torch.cholesky_inverse(factor, upper=True), width)
+    if not failed:
+        inverse = torch.cholesky_inverse(factor, upper=True)
+        if better_conditioned(gram, inverse, 4 * cutoff):
+            return GramRoot(factor, inverse, width)
     values, vectors = torch.linalg.eigh(gram)
     keep = values > cutoff * values[-1].clamp_min(0)
     kept = values.clamp_min(0).sqrt()
-    inverse = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0.0)
+    reciprocal = torch.where(keep, 1 / values.where(keep, torch.ones_like(values)), 0.0)
     return GramRoot(
         factor=torch.linalg.qr((kept * keep)[:, None] * vectors.T, mode="r").R.triu(),
-        inverse=(vectors * inverse) @ vectors.T,
+        inverse=(vectors * reciprocal) @ vectors.T,
         rank=int(keep.sum()),
     )
 
 
-def reciprocal_condition(gram: Tensor, factor: Tensor) -> float:
-    """λ_min/λ_max of G by power iteration on G and, through its Cholesky factor, on G⁻¹."""
-    start = torch.ones(gram.shape[0], 1, dtype=gram.dtype, device=gram.device)
-    start[1::2] = -0.5
-    low = high = start / start.norm()
-    largest = inverse_smallest = torch.ones((), dtype=gram.dtype, device=gram.device)
+def better_conditioned(gram: Tensor, inverse: Tensor, least: float) -> bool:
+    """Whether λ_min/λ_max of G (D, D) exceeds ``least``, given G⁻¹.
+
+    The largest column sums of magnitudes bound the eigenvalues, which settles most heads.  The
+    others take power iterations on both matrices.
+    """
+    bound = float(gram.abs().sum(0).max() * inverse.abs().sum(0).max())
+    return bound * least < 1 or _largest_eigenvalue(gram) * _largest_eigenvalue(inverse) * least < 1
+
+
+def _largest_eigenvalue(matrix: Tensor) -> float:
+    """Of a symmetric positive definite matrix, by power iteration: a lower bound, and near it."""
+    vector = torch.ones(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    vector[1::2] = -0.5
+    size = vector.norm()
     for _ in range(_POWER_STEPS):
-        high = gram @ high
-        low = torch.cholesky_solve(low, factor, upper=True)
-        largest, inverse_smallest = high.norm(), low.norm()
-        high, low = high / largest, low / inverse_smallest
-    ratio = 1 / (largest * inverse_smallest)
-    return float(ratio) if torch.isfinite(ratio) else 0.0
+        vector = matrix @ (vector / size)
+        size = vector.norm()
+    return float(size)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from ._files import atomic_file
 from .anatomy import Anatomy
 from .errors import ConfigError, DataError, NumericsError, VocabularyError
-from .heads import gram_root, reciprocal_condition, row_blocks, streamed_gram
+from .heads import better_conditioned, gram_root, row_blocks, streamed_gram
 from .ops import align_rows
 from .ops._gemm import product, serves
 from .vocabulary import SharedVocabulary, match_vocabularies
 
 Recompose = Literal["frame", "dual", "logit"]
 _VECTOR_ROWS = 1024
+"""Rows of vectors worked out in float64 at a time."""
+
 _FLOAT32_CONDITION = 2.0**-12
 """λ_min/λ_max of G above which float32 products W·G⁻¹ are right to 1e-5: cond(W) below 64."""
 
@@ -99,7 +101,7 @@ class SemanticBasis:
         # Unit rows do not depend on the scale of G⁻¹: chosen so that an average row is near 1.
         length = self.gram.diagonal().sum().div(len(vectors)).sqrt()
         inverse = (self.inverse / (self.inverse.diagonal().mean() * length)).to(self.dtype)
-        for rows in row_blocks(len(vectors), _VECTOR_ROWS):
+        for rows in row_blocks(len(vectors)):
             head_rows, block = self.weight[rows], vectors[rows]
             if serves(head_rows, inverse):
                 product(head_rows, inverse, out=block)
@@ -117,7 +119,7 @@ class SemanticBasis:
         return (
             self.dtype == torch.float32
             and self.rank == len(self.gram)
-            and reciprocal_condition(self.gram, self.factor) > _FLOAT32_CONDITION
+            and better_conditioned(self.gram, self.inverse, _FLOAT32_CONDITION)
         )
 
     def unit_vectors(self, head_rows: Tensor) -> Tensor:

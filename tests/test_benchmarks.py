@@ -120,6 +120,17 @@ def test_a_missed_target_is_said():
     assert [target["met"] for target in judged["targets"]] == [False, False]
 
 
+def test_the_slowest_of_limits_that_hold_together_counts():
+    row = {
+        "ours": {"median_s": 3.0}, "peers": {},
+        "limits": {"copy": {"median_s": 1.0}, "arithmetic": {"median_s": 2.0}},
+    }
+    together = harness.judged(row, {}, 1.5, together=True)
+    assert list(together["of_limit"].items()) == [("arithmetic", 1.5), ("copy", 3.0)]
+    assert together["targets"] == [{"what": "≤ 1.5x arithmetic", "measured": 1.5, "met": True}]
+    assert harness.judged(row, {}, 1.5)["targets"][0]["measured"] == 3.0
+
+
 def result_file(path: Path, medians: dict[str, float], cores: int = 2) -> Path:
     rows = [
         {"name": name, "shape": "s", "ours": {"median_s": t, "quartiles_s": [0.95 * t, 1.05 * t]}}

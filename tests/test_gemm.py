@@ -95,6 +95,14 @@ def test_gram_is_symmetric_and_exact():
     assert _gemm.gram(torch.zeros(0, 3)).tolist() == [[0.0] * 3] * 3
 
 
+def test_mirrored_in_place():
+    for size in (0, 1, _gemm.MIRROR_BLOCK, 2 * _gemm.MIRROR_BLOCK + 3):
+        whole = torch.randn(size, size)
+        upper = whole.triu()
+        assert torch.equal(_gemm.mirror_(whole), upper + upper.triu(1).T)
+        assert torch.equal(whole, whole.T)
+
+
 def test_unit_rows_of_any_norm():
     left = torch.randn(40, 600)
     scales = torch.tensor([0.0, 1.0, 1e-30, 1e30, 1e-42]).repeat(8)[:, None]

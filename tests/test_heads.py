@@ -1,9 +1,11 @@
 """Streamed Gram matrices, their roots, and what the label cosine needs of a head."""
 
+import math
+
 import pytest
 import torch
 
-from pkt_fast.heads import gram_root, head_statistics, streamed_gram
+from pkt_fast.heads import better_conditioned, gram_root, head_statistics, streamed_gram
 
 
 def head(rows, width, seed=0, dtype=torch.float64):
@@ -47,6 +49,18 @@ def test_root_and_inverse(name, weight):
         assert root.rank == rank
         pinv = torch.linalg.pinv(weight, rtol=1e-9)
         torch.testing.assert_close(weight @ root.inverse, pinv.T, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1e-1, 1e-3, 1e-6, 1e-11])
+def test_condition_is_judged_within_a_factor(ratio):
+    size = 40
+    rotation = torch.linalg.qr(head(size, size)).Q
+    values = torch.logspace(0, math.log10(ratio), size, dtype=torch.float64)
+    gram, inverse = ((rotation * x) @ rotation.T for x in (values, 1 / values))
+    for scale in (1e-100, 1.0, 1e100):
+        assert better_conditioned(gram * scale, inverse / scale, ratio / 2)
+        assert not better_conditioned(gram * scale, inverse / scale, ratio * 4)
+    assert not better_conditioned(gram, inverse * math.inf, ratio / 2)
 
 
 @pytest.mark.parametrize("bias", [False, True])

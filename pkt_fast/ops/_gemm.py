@@ -27,6 +27,8 @@ SMALLEST_ROWS = 64
 
 FLOPS_PER_THREAD = 1 << 21
 
+MIRROR_BLOCK = 128
+
 Part = Literal["whole", "upper", "lower"]
 _PARTS: dict[str, int] = {"whole": 0, "upper": 1, "lower": 2}
 
@@ -117,7 +119,21 @@ def gram(rows: Tensor) -> Tensor:
     out = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     _check(rows.T, rows, out, "whole")
     _multiply(rows.T, rows, out, "whole", True, False, False)
-    return torch.triu(out) + torch.triu(out, 1).T
+    return mirror_(out)
+
+
+def mirror_(upper: Tensor) -> Tensor:
+    """A square matrix made symmetric in place: what is below its diagonal becomes what is above.
+
+    Block by block, so that there is no temporary of its size.
+    """
+    size = len(upper)
+    for start in range(0, size, MIRROR_BLOCK):
+        here, below = slice(start, start + MIRROR_BLOCK), slice(start + MIRROR_BLOCK, size)
+        block = upper[here, here]
+        block.copy_(torch.triu(block) + torch.triu(block, 1).T)
+        upper[below, here] = upper[here, below].T
+    return upper
 
 
 def _check(left: Tensor, right: Tensor, out: Tensor, part: str) -> None:
