@@ -188,7 +188,8 @@ def read_amdgcn(assembly: str) -> dict[str, object]:
         found = re.search(rf"\.{key}:\s+(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    spilled = 4 * (note("vgpr_spill_count") + note("sgpr_spill_count"))
+    # A scalar without a register moves to a lane of a vector register, which touches no memory.
+    spilled = 4 * note("vgpr_spill_count")
     matrix, count = _matrix(match[1] for match in _AMD_MATRIX.finditer(assembly))
     return {
         "registers": note("vgpr_count"),

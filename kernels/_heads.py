@@ -153,13 +153,16 @@ def tanh(x):
     Near zero, where 1 − e⁻²ˣ cancels, its series.
     """
     size = tl.abs(x)
-    small = tl.where(size < 0.1, x, 0.0)
+    small = tl.minimum(tl.maximum(x, -0.1), 0.1)
     square = small * small
     tail = square * (0.1333333333 - square * 0.053968254)
     series = small * (1.0 + square * (tail - 0.3333333333))
     decay = tl.exp(-2.0 * size)
     ratio = (1.0 - decay) / (1.0 + decay)
-    return tl.where(size < 0.1, series, tl.where(x < 0, -ratio, ratio))
+    # The sign as a bit: a comparison would hold a mask of the tile in registers.
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    signed = (ratio.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(size < 0.1, series, signed)
 
 
 @triton.jit

@@ -287,12 +287,12 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     """Llama-2 13B to 7B: 8,192 rows of 5,120 channels to 4,096, alone and for eight layers."""
     rows, width, outputs, layers = 8192, 5120, 4096, 8
 
-    def spec(dtype: torch.dtype, grouped: bool) -> KernelSpec:
+    def spec(dtype: torch.dtype, grouped: bool, even: bool = True) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
         groups = layers if grouped else 1
         return KernelSpec(
-            name=f"align_rows{'_grouped' if grouped else ''}/{name}",
+            name=f"align_rows{'_grouped' if grouped else ''}/{name}{'' if even else '/masked'}",
             kernel=_align_kernel,
             args={
                 "X": f"*{name}:16",
@@ -314,7 +314,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "EXTREME": dtype != torch.float16,
                 "PRECISION": target.dot_precision if wide else "ieee",
                 "INTERPRETED": False,
-                "EVEN_K": True,
+                "EVEN_K": even,
                 "SWIZZLE": 8,
             },
             tiles=_FLOAT_TILES if wide else _HALF_TILES,
@@ -329,4 +329,6 @@ def aot_specs(target: Target) -> list[KernelSpec]:
         spec(torch.bfloat16, True),
         spec(torch.float16, False),
         spec(torch.float32, False),
+        spec(torch.bfloat16, False, even=False),
+        spec(torch.float32, False, even=False),
     ]

@@ -208,12 +208,12 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     """4,096 rows of 5,120 channels; a run of 4,096 labels."""
     rows, labels, width = 4096, 4096, 5120
 
-    def spec(dtype: torch.dtype, cut: bool) -> KernelSpec:
+    def spec(dtype: torch.dtype, cut: bool, even: bool = True) -> KernelSpec:
         name = STORAGE[dtype]
         wide = dtype == torch.float32
         out = name if cut else "fp32"
         return KernelSpec(
-            name=f"decompose/{'kept' if cut else 'all'}/{name}",
+            name=f"decompose/{'kept' if cut else 'all'}/{name}{'' if even else '/masked'}",
             kernel=_coefficient_kernel,
             args={
                 "H": f"*{name}:16",
@@ -228,7 +228,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 **({} if cut else {"Cut": None}),
                 "WIDE": wide,
                 "PRECISION": target.dot_precision if wide else "ieee",
-                "EVEN_K": True,
+                "EVEN_K": even,
             },
             tiles=_TILES[wide],
             kind="gemm",
@@ -242,6 +242,8 @@ def aot_specs(target: Target) -> list[KernelSpec]:
         spec(torch.bfloat16, False),
         spec(torch.bfloat16, True),
         spec(torch.float32, False),
+        spec(torch.bfloat16, True, even=False),
+        spec(torch.float32, True, even=False),
         KernelSpec(
             name="decompose/softmax/bf16",
             kernel=_softmax_kernel,

@@ -580,7 +580,8 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     """8,192 rows of 4,096 channels; 256,000 labels for the softcapped head."""
     rows, width = 8192, 4096
 
-    def linear(dtype: torch.dtype, kernel: str) -> KernelSpec:
+    def linear(dtype: torch.dtype, kernel: str, masked: bool = False) -> KernelSpec:
+        """``masked``: a width that no tile divides, and smoothed labels."""
         name = STORAGE[dtype]
         wide = dtype == torch.float32
         hip = target.backend == "hip"
@@ -588,7 +589,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
         constexprs = {
             "PRECISION": precision,
             "BLOCK_M": _BLOCK_M,
-            "EVEN_K": True,
+            "EVEN_K": not masked,
         }
         if kernel == "project":
             function = _project_kernel
@@ -603,7 +604,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             }
         else:
             function = _gradient_kernel
-            constexprs |= {"SMOOTHED": False, "LIMIT": torch.finfo(dtype).max}
+            constexprs |= {"SMOOTHED": masked, "LIMIT": torch.finfo(dtype).max}
             args = {
                 "Y": "*fp32:16",
                 "R": "*fp32:16",
@@ -617,7 +618,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "row_class": "i32",
             }
         return KernelSpec(
-            name=f"label_cosine/{kernel}/{name}",
+            name=f"label_cosine/{kernel}/{name}{'/masked' if masked else ''}",
             kernel=function,
             args=args,
             constexprs=constexprs,
@@ -629,19 +630,22 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             compute="fp32" if hip else "tf32x3",
         )
 
-    def capped(dtype: torch.dtype, kernel: str) -> KernelSpec:
+    def capped(dtype: torch.dtype, kernel: str, biased: bool = False) -> KernelSpec:
+        """``biased``: a bias, and a width that no tile divides."""
         name = STORAGE[dtype]
         wide = dtype == torch.float32
         labels = 256000
         slope = kernel == "slope"
         tensors = {"H": f"*{name}:16", "W": f"*{name}:16", "Labels": "*i64:16", "Scale": "*fp32:16"}
+        if biased:
+            tensors["Bias"] = f"*{name}:16"
         if slope:
             tensors |= {p: "*fp32:16" for p in ("OfLogits", "OfTarget")}
             tensors["Slope"] = f"*{name}:16"
         else:
             tensors["Partial"] = "*fp32:16"
         return KernelSpec(
-            name=f"label_cosine_chunked/{kernel}/{name}",
+            name=f"label_cosine_chunked/{kernel}/{name}{'/biased' if biased else ''}",
             kernel=_cap_slope_kernel if slope else _cap_stats_kernel,
             args={
                 **tensors,
@@ -651,11 +655,11 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "row_class": "i32",
             },
             constexprs={
-                "Bias": None,
+                **({} if biased else {"Bias": None}),
                 "CAPPED": True,
                 "WIDE": wide,
                 "PRECISION": target.dot_precision if wide else "ieee",
-                "EVEN_K": True,
+                "EVEN_K": not biased,
             },
             tiles=_CAP_TILES[wide],
             kind="gemm",
@@ -682,6 +686,11 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             bytes=2 * rows * width * 2,
             flops=4 * rows * width,
         ),
-        *(linear(d, k) for d in (torch.bfloat16, torch.float32) for k in ("project", "gradient")),
-        *(capped(d, k) for d in (torch.bfloat16, torch.float32) for k in ("stats", "slope")),
+        *(
+            spec(dtype, kernel, variant)
+            for spec, kernels in ((linear, ("project", "gradient")), (capped, ("stats", "slope")))
+            for dtype in (torch.bfloat16, torch.float32)
+            for kernel in kernels
+            for variant in (False, True)
+        ),
     ]

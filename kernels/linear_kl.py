@@ -394,13 +394,16 @@ def aot_specs(target: Target) -> list[KernelSpec]:
     """4,096 rows of a 5,120-wide source and a 4,096-wide target over 32,000 labels."""
     rows, labels, width_t, width_s = 4096, 32000, 4096, 5120
 
-    def spec(dtype: torch.dtype, kernel: str, kind: str) -> KernelSpec:
+    def spec(dtype: torch.dtype, kernel: str, kind: str, variant: str = "") -> KernelSpec:
+        """``variant``: "biased" heads on widths that no tile divides, or softcapped ones."""
         name = STORAGE[dtype]
+        biased, capped = variant == "biased", variant == "capped"
         wide = dtype == torch.float32
         precision = target.dot_precision if wide else "ieee"
         heads = {
             "HT": f"*{name}:16",
             "WT": f"*{name}:16",
+            **({"BiasT": f"*{name}:16", "BiasS": f"*{name}:16"} if biased else {}),
             "HS": f"*{name}:16",
             "WS": f"*{name}:16",
         }
@@ -418,22 +421,21 @@ def aot_specs(target: Target) -> list[KernelSpec]:
             "row_class": "i32",
         }
         return KernelSpec(
-            name=f"linear_kl/{kernel}/{kind}/{name}",
+            name="/".join(filter(None, ("linear_kl", kernel, kind, name, variant))),
             kernel=_stats_kernel if kernel == "stats" else _slope_kernel,
             args=args,
             constexprs={
-                "BiasT": None,
-                "BiasS": None,
+                **({} if biased else {"BiasT": None, "BiasS": None}),
                 **({"Partial": None} if kernel == "slope" else {}),
                 "KIND": kind,
-                "CAPPED_T": False,
-                "CAPPED_S": False,
+                "CAPPED_T": capped,
+                "CAPPED_S": capped,
                 "WIDE_T": wide,
                 "WIDE_S": wide,
                 "PRECISION_T": precision,
                 "PRECISION_S": precision,
-                "EVEN_T": True,
-                "EVEN_S": True,
+                "EVEN_T": not biased,
+                "EVEN_S": not biased,
             },
             tiles=_TILES[wide],
             kind="gemm",
@@ -450,4 +452,13 @@ def aot_specs(target: Target) -> list[KernelSpec]:
         spec(torch.bfloat16, "slope", "jsd"),
         spec(torch.float32, "stats", "forward"),
         spec(torch.float32, "slope", "jsd"),
+        *(
+            spec(dtype, kernel, kind, variant)
+            for dtype, kernel, kind in (
+                (torch.bfloat16, "stats", "forward"),
+                (torch.bfloat16, "slope", "jsd"),
+                (torch.float32, "slope", "jsd"),
+            )
+            for variant in ("biased", "capped")
+        ),
     ]

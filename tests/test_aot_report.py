@@ -184,7 +184,7 @@ def test_amd_spills_and_widths_are_read():
         buffer_store_short v3, v4, s[4:7], 0 offen
         v_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1], v[2:3], a[0:15]
         .private_segment_fixed_size: 16
-        .sgpr_spill_count: 0
+        .sgpr_spill_count: 5
         .vgpr_count:     128
         .vgpr_spill_count: 3
     """
