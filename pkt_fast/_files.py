@@ -15,37 +15,91 @@ from safetensors import SafetensorError
 
 from .errors import OutputError
 
+# What pkt_fast writes into output directories; nothing else is ever removed from one.
+RESULT_FILES = frozenset(
+    {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "analysis.json",
+        "analysis.md",
+        "cka.png",
+        "comparison.json",
+        "comparison.md",
+        "recomposition.png",
+        "report.html",
+        "report.json",
+        "round_trip.png",
+    }
+)
+INVENTORY = "pkt_fast_files.json"
+"""Lists the files of a directory whose names are not ours alone to use, as those of a model."""
+
+
+def local(path: str | os.PathLike[str]) -> Path:
+    """``path`` with a leading ``~`` expanded; as it is where nobody has such a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
 
 def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
     """Refuse, before any work is done, an output directory that cannot or must not be written.
 
     Raises :class:`OutputError` when the path is empty or a file, is not empty without
-    ``overwrite``, is not empty and holds the working directory, or is not writable.
+    ``overwrite``, holds anything that pkt_fast did not write, or is not writable.
     """
     if not os.fspath(path):
         raise OutputError("the output directory has an empty name; give a directory")
-    directory = Path(path)
+    directory = local(path)
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"output path {directory} is a file; give a directory")
-    if directory.is_dir() and any(directory.iterdir()) and not overwrite:
+    try:
+        present = sorted(os.listdir(directory)) if directory.is_dir() else []
+    except OSError as error:
+        raise OutputError(
+            f"output directory {directory} is not readable: {error.strerror}"
+        ) from error
+    if present and not overwrite:
         raise OutputError(
             f"output directory {directory} is not empty; choose another or --overwrite"
         )
-    if _holds_working_directory(directory) and any(directory.iterdir()):
-        # Overwriting replaces everything that is there, far more than a transfer ever wrote.
+    inventory = _inventory(directory)
+    foreign = [
+        name
+        for name in present
+        if name not in inventory
+        and (name not in RESULT_FILES or _is_folder(directory / name))
+    ]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
         raise OutputError(
-            f"output directory {directory} is the working directory or holds it, and is not empty; "
-            "choose another"
+            f"output directory {directory} holds what pkt_fast did not write "
+            f"({', '.join(foreign[:3])}{more}), and overwriting would delete it; choose another"
         )
     os.rmdir(_stage(directory))
     return directory
 
 
-def _holds_working_directory(directory: Path) -> bool:
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def write_inventory(directory: Path) -> None:
+    """Note that all files now in ``directory`` are pkt_fast's, so that overwriting may remove
+    them.
+    """
+    write_json(directory / INVENTORY, sorted([*os.listdir(directory), INVENTORY]))
+
+
+def _inventory(directory: Path) -> frozenset[str]:
+    """The names in a directory's inventory; none where there is none that can be read."""
     try:
-        return Path.cwd().is_relative_to(directory.resolve())
-    except FileNotFoundError:  # the working directory was deleted: nothing holds it
-        return False
+        names = json.loads((directory / INVENTORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return frozenset()
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return frozenset(names) if listed else frozenset()
 
 
 @contextlib.contextmanager
@@ -53,8 +107,9 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     """Yield a temporary directory whose contents stand at ``path`` when the block ends without an
     error.
 
-    On an error the temporary directory is removed and what stood at ``path`` before is untouched.
-    Raises :class:`OutputError` as :func:`check_output_dir`, and when the disk is full.
+    Whoever writes files of other names than :data:`RESULT_FILES` calls :func:`write_inventory`
+    last.  On an error the temporary directory is removed and what stood at ``path`` before is
+    untouched.  Raises :class:`OutputError` as :func:`check_output_dir`, and when the disk is full.
     """
     final = check_output_dir(path, overwrite)
     temporary = _stage(final)
@@ -109,12 +164,19 @@ def _replace_directory(temporary: Path, final: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
+def _holds_working_directory(directory: Path) -> bool:
+    try:
+        return Path.cwd().is_relative_to(directory.resolve())
+    except FileNotFoundError:  # the working directory was deleted: nothing holds it
+        return False
+
+
 def _replace_contents(temporary: Path, final: Path) -> None:
     """Move what is in ``temporary``, a directory inside ``final``, in the place of all else."""
     for old in final.iterdir():
         if old.name == temporary.name:
             continue
-        if old.is_dir() and not old.is_symlink():
+        if _is_folder(old):
             shutil.rmtree(old)
         else:
             old.unlink()
@@ -135,7 +197,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises :class:`OutputError` when the file cannot be written (the disk is full, no permission).
     """
-    final = Path(path)
+    final = local(path)
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from ._files import atomic_directory, check_output_dir
+from ._files import atomic_directory, check_output_dir, write_inventory
 from .anatomy import Anatomy
 from .attribution import attribute
 from .cli import settings_of
@@ -29,7 +29,14 @@ from .data import encode, read_rows
 from .delta import LayerDelta, inject
 from .demo import bundled_rows
 from .errors import ConfigError, ModelError
-from .loading import load_model, load_tokenizer, pad_token_id, resolve_device, resolve_dtype
+from .loading import (
+    load_model,
+    load_tokenizer,
+    load_tokenizers,
+    pad_token_id,
+    resolve_device,
+    resolve_dtype,
+)
 from .ops import backend, served_by
 from .pairing import pair_by_score
 from .phases import longest_first, processing_batches
@@ -160,6 +167,7 @@ def _inject(args: argparse.Namespace) -> None:
     with atomic_directory(args.output, overwrite=config.overwrite) as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
         _copy_tokenizer(args.model, temporary, config)
+        write_inventory(temporary)
     if not args.quiet:
         rows = {
             "matrices changed": done.matrices,
@@ -229,12 +237,14 @@ def _analyze(args: argparse.Namespace) -> None:
 
     config = TransferConfig.make(**settings_of(args))
     check_output_dir(args.output, config.overwrite)
-    tokenizer = _tokenizer(args.target, "target", config)
+    tokenizers = load_tokenizers(
+        None, args.source, args.target, trust_remote_code=config.trust_remote_code
+    )
     analysis = analyze(
         _load(args.source, "source", config),
         _load(args.target, "target", config),
         args.data,
-        tokenizer,
+        tokenizers,
         delta=None if args.delta is None else LayerDelta.load(args.delta),
         interface=config.interface,
         batch_size=config.micro_batch_size,

@@ -25,7 +25,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from ._files import atomic_directory, check_output_dir, write_json
+from ._files import atomic_directory, check_output_dir, local, write_json
 from .config import PRESETS, TransferConfig
 from .data import read_rows
 from .demo import bundled_rows
@@ -248,7 +248,7 @@ class Comparison:
         with atomic_directory(directory, overwrite=overwrite) as temporary:
             write_json(temporary / "comparison.json", self.as_dict())
             (temporary / "comparison.md").write_text(self.markdown(), encoding="utf-8")
-        return Path(directory)
+        return local(directory)
 
 
 @dataclass(frozen=True)
@@ -630,7 +630,7 @@ def peak_resident() -> Iterator[list[float]]:
 def load_comparison(path: str | os.PathLike[str]) -> Comparison:
     """Read a comparison.json.  Raises :class:`ConfigError` when it is none."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(local(path).read_text(encoding="utf-8"))
         return Comparison(
             value["settings"],
             Scores(**value["source"]),

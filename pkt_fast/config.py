@@ -12,9 +12,9 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from ._files import local
 from .errors import ConfigError
 
 METHODS = ("semalign", "sft", "kd", "hidden_kd", "seeking", "laten")
@@ -152,10 +152,16 @@ class TransferConfig:
         8.0, "activation rows kept in memory before 'memory' is refused"
     )
     log_every: int = _setting(1, "read losses from the device every so many steps")
-    overwrite: bool = _setting(False, "replace a non-empty output directory")
+    overwrite: bool = _setting(
+        False, "replace what pkt_fast wrote into the output directory before"
+    )
     trust_remote_code: bool = _setting(False, "run code that ships with a hub model")
 
     def __post_init__(self) -> None:
+        # What torch and pathlib offer in the place of a string; a report holds strings.
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "device", str(self.device))
+        object.__setattr__(self, "store", _store(self.store))
         for name, allowed in _CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
         for name, (kind, test, wanted) in _RANGES.items():
@@ -315,6 +321,12 @@ def _layers(value: Any) -> tuple[int, ...] | str | None:
     return tuple(sorted(set(value)))
 
 
+def _store(value: Any) -> str:
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise ConfigError(f"store={value!r}: give 'memory' or a directory")
+    return os.fspath(value)
+
+
 def _names(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
@@ -338,7 +350,7 @@ def _mapping(config: Any) -> dict[str, Any]:
         }
     if isinstance(config, Mapping):
         return dict(config)
-    path = Path(config)
+    path = local(config)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
     try:

@@ -6,7 +6,8 @@ Rows come in three shapes, and files, lists and ``datasets.Dataset`` objects may
     {"prompt": "2+2?", "completion": "4"}
     {"text": "any text"}          # or just the string
 
-**Rendering.**  Conversations go through the tokenizer's chat template.  Without one they become
+**Rendering.**  Conversations go through the tokenizer's chat template, with all that a message
+holds (``tool_calls``, ``name``, ...) and the row's ``tools``.  Without one they become
 ``User: ...`` and ``Assistant: ...`` lines with the EOS token after each assistant turn, and a
 prompt/completion pair of strings is simply concatenated (plus EOS).  Plain text gets EOS at its
 end.  Special tokens that the tokenizer adds in front (BOS) are added exactly when no template does
@@ -17,8 +18,9 @@ nothing can be learnt from them.
 is what the model would have to generate after the generation prompt: the words, and the first
 special token behind them, so that it learns to stop.  Boilerplate after that token (a newline, the
 next header) is not supervised.  A template without such a token ends its turn with whatever text
-it puts there.  Turns are found in *text* space and carried to tokens by character offsets; a token
-that straddles the border belongs to the turn.
+it puts there.  Tool calls are part of their turn, as the template shows them; its content may then
+be null.  Turns are found in *text* space and carried to tokens by character offsets; a token that
+straddles the border belongs to the turn.
 
 **Truncation.**  A row longer than ``max_length`` first loses unsupervised tokens behind the last
 turn, then prompt tokens from the front (BOS stays, and the supervised part always keeps one token
@@ -27,6 +29,7 @@ before it to be predicted from), and only then the end of its supervised part.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -38,11 +41,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import numpy as np
 import torch
 
+from pkt_fast._files import local
 from pkt_fast.errors import DataError
 
 if TYPE_CHECKING:
@@ -60,7 +64,7 @@ _WINDOW_BATCHES = 50
 _MIXING = 0.02
 _MAX_PADDING = 0.10
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Span = tuple[int, int]
 
 
@@ -281,7 +285,7 @@ def read_rows(data: Any = None, *, limit: int | None = None) -> tuple[list[dict[
 
         raw, origin = list(itertools.islice(bundled_rows(), limit)), Origin("bundled data")
     elif isinstance(data, str | os.PathLike):
-        raw, origin = _read_file(Path(data), limit)
+        raw, origin = _read_file(local(data), limit)
     else:
         raw, origin = _read_object(data, limit)
     if not raw:
@@ -393,12 +397,14 @@ class _Dropped(Exception):
 @dataclass(frozen=True)
 class _Chat:
     messages: list[Message]
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
 class _Completion:
     prompt: str
     completion: str
+    tools: ClassVar[None] = None
 
     @property
     def messages(self) -> list[Message]:
@@ -420,7 +426,10 @@ def _parse_row(row: Mapping[str, Any], where: str) -> tuple[str, _Chat | _Comple
     """
     present = {key for key, value in row.items() if value is not None}
     if "messages" in present:
-        return "messages", _Chat(_parse_messages(row["messages"], f"{where}: messages"))
+        tools = row.get("tools")
+        if tools is not None and not isinstance(tools, list):
+            raise DataError(f"{where}: tools must be a list, not {_json_type(tools)}")
+        return "messages", _Chat(_parse_messages(row["messages"], f"{where}: messages"), tools)
     if {"prompt", "completion"} <= present:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
@@ -455,17 +464,45 @@ def _parse_messages(value: Any, where: str) -> list[Message]:
 
 
 def _parse_message(message: Any, where: str) -> Message:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+    if not isinstance(message, Mapping) or not (
+        {"role", "content"} <= message.keys() or {"role", "tool_calls"} <= message.keys()
+    ):
         raise DataError(f"{where} must be an object with 'role' and 'content'")
-    role, content = message["role"], message["content"]
+    role, content = message["role"], message.get("content")
     if role not in ROLES:
         raise DataError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
+    # Of what else there is, nulls are left out: templates ask whether a key is there.
+    others = {key: value for key, value in message.items() if value is not None}
+    calls = others.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and _call_names(calls)):
+        raise DataError(f"{where}: tool_calls must be a list of calls with a function's name")
+    if content is None and calls is not None:
+        return {**others, **({"content": None} if "content" in message else {})}
     if isinstance(content, list):
         content = "".join(
             _parse_part(part, f"{where}: content[{i}]") for i, part in enumerate(content)
         )
     _check_text(content, f"{where}: content")
-    return {"role": role, "content": content}
+    return {**others, "content": content}
+
+
+def _call_names(calls: Sequence[Any]) -> list[str]:
+    """The functions that ``tool_calls`` name, in OpenAI's form or without its wrapping; [] when one
+    has no name.
+    """
+    names = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            return []
+        names.append(name)
+    return names
+
+
+def _words(message: Message) -> str:
+    """A message's content; "" for one that only calls tools."""
+    return message.get("content") or ""
 
 
 def _parse_part(part: Any, where: str) -> str:
@@ -490,6 +527,7 @@ class _Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: str) -> None:
         self.tokenizer = tokenizer
         self.supervise_all = supervise == "all"
+        self.tools: list[Any] | None = None
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.bos: str = tokenizer.bos_token or ""
         self.eos: str = tokenizer.eos_token or ""
@@ -512,7 +550,7 @@ class _Renderer:
             if not parsed.completion.strip():
                 raise _Dropped("no supervised token (empty completion)")
             return _Rendered(row, text, ((start, len(text)),), needs_prefix=True)
-        return self._chat(parsed.messages, row)
+        return self._with(parsed.tools)._chat(parsed.messages, row)
 
     def prompt(self, parsed: _Chat | _Completion | _Text) -> str:
         """Return what a model gets to see before it has to answer."""
@@ -523,7 +561,15 @@ class _Renderer:
         messages = parsed.messages
         if messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        return self._render_or_merge(messages, generate=True)[1]
+        return self._with(parsed.tools)._render_or_merge(messages, generate=True)[1]
+
+    def _with(self, tools: list[Any] | None) -> _Renderer:
+        """The same renderer, for a conversation that has ``tools``."""
+        if tools is None:
+            return self
+        other = copy.copy(self)
+        other.tools = tools
+        return other
 
     def _close(self, text: str) -> str:
         return text if self.eos and text.endswith(self.eos) else text + self.eos
@@ -554,14 +600,19 @@ class _Renderer:
 
     def _render(self, messages: list[Message], generate: bool = False) -> str:
         if not self.has_template:
+            if self.tools is not None or any("tool_calls" in message for message in messages):
+                raise _Dropped("tools need a chat template, and the tokenizer has none")
             return _plain_chat(messages, self.eos, generate)
         from jinja2 import TemplateError
 
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
+                messages,  # type: ignore[arg-type]
+                tools=self.tools,
+                tokenize=False,
+                add_generation_prompt=generate,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # TypeError: null content where it adds strings
             reason = " ".join(str(error).split()) or type(error).__name__
             raise _Dropped(f"the chat template refuses the conversation: {reason}") from error
         return str(text)
@@ -570,11 +621,17 @@ class _Renderer:
         spans: list[Span] = []
         cursor = 0
         for i, message in enumerate(messages):
-            if message["role"] != "assistant" or not message["content"].strip():
+            if message["role"] != "assistant":
                 continue
-            span = self._assistant_span(messages, i, text, cursor)
+            if "tool_calls" in message:
+                span = self._calling_span(messages, i, text)
+            elif _words(message).strip():
+                span = self._assistant_span(messages, i, text, cursor)
+            else:
+                continue
             if span is None:
-                raise _Dropped("the chat template does not show the assistant's words")
+                shown = "tool calls" if "tool_calls" in message else "words"
+                raise _Dropped(f"the chat template does not show the assistant's {shown}")
             spans.append(span)
             cursor = span[1]
         if not spans:
@@ -603,7 +660,7 @@ class _Renderer:
             # Not prefix-stable (a system turn that moves, say): anchor on the previous message.
             starts = _after_anchor(text, before, messages[i - 1] if i else None, cursor)
         closing = behind[: self._turn_end(behind, behind)]
-        words = _find_words(text, _visible_forms(messages[i]["content"]), starts, closing, cursor)
+        words = _find_words(text, _visible_forms(_words(messages[i])), starts, closing, cursor)
         if words is None:
             return None
         start, end = words
@@ -619,6 +676,24 @@ class _Renderer:
         if lead.strip() and prompt == self._try_prompt(messages[:i], generate=False):
             lead = ""
         return start - len(lead), end
+
+    def _calling_span(self, messages: list[Message], i: int, text: str) -> Span | None:
+        """Find turn ``i``, which calls tools, in the rendered ``text``.
+
+        How a template writes a call is its own affair, so the turn is what rendering it adds to the
+        prompt, up to the closing that turns of words have.
+        """
+        prompt = self._try_prompt(messages[:i])
+        turn = self._render(messages[: i + 1]).removeprefix(prompt)
+        if not prompt or any(name not in turn for name in _call_names(messages[i]["tool_calls"])):
+            return None
+        probe = {"role": "assistant", "content": _PROBE}
+        behind = self._render([*messages[:i], probe]).partition(_PROBE)[2]
+        if behind and turn.endswith(behind):
+            turn = turn.removesuffix(behind) + behind[: self._turn_end(behind, behind)]
+        else:  # calls are closed in a way of their own
+            turn = turn.rstrip()
+        return (len(prompt), len(prompt) + len(turn)) if text.startswith(prompt + turn) else None
 
     def _try_prompt(self, messages: list[Message], *, generate: bool = True) -> str:
         try:
@@ -644,7 +719,7 @@ class _Renderer:
 
 def _after_anchor(text: str, before: str, previous: Message | None, cursor: int) -> list[int]:
     """Where ``text`` goes on behind the last part of ``before``, from the previous message on."""
-    words = previous["content"].strip() if previous is not None else ""
+    words = _words(previous).strip() if previous is not None else ""
     anchor = before[max(before.rfind(words), 0) :] if words else before
     at = text.find(anchor, cursor) if anchor else -1
     return [at + len(anchor)] if at >= 0 else []

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ._files import atomic_directory, write_json
+from ._files import atomic_directory, local, write_json
 from .errors import DeltaError
 from .ops import inject_
 
@@ -97,7 +97,7 @@ class LayerDelta:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> LayerDelta:
         """Read a PEFT LoRA adapter.  Raises :class:`DeltaError` when it is none or is damaged."""
-        directory = Path(directory)
+        directory = local(directory)
         config = _read_config(directory / CONFIG_FILE)
         weights = directory / WEIGHTS_FILE
         if not weights.is_file():

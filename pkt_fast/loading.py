@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from ._files import local
 from .anatomy import Anatomy
 from .data import Example
 from .errors import ConfigError, ModelError
@@ -160,7 +161,7 @@ def _checked_name(model: Any, role: str) -> str:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not looks_local:
         return name
-    path = Path(name).expanduser()
+    path = local(name)
     if not path.is_dir():
         raise ModelError(f"the {role} {name} does not exist; give a model directory or a hub id")
     return str(path)

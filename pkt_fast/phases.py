@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._files import local
 from .anatomy import Anatomy
 from .capture import Wanted, check_finite, record
 from .data import Batch, Example, ExampleSet, collate
@@ -32,6 +33,7 @@ from .stores import (
     writing_directory_store,
 )
 from .text_alignment import answering_positions, retokenized
+from .vocabulary import same_tokenization
 
 HEAD = "head"
 INPUT = "input"
@@ -61,7 +63,7 @@ class StorePlace:
     @classmethod
     def of(cls, store: str, budget_gb: float) -> StorePlace:
         """From the settings ``store`` and ``store_budget_gb``."""
-        return cls(None if store == "memory" else Path(store), budget_gb * 1e9)
+        return cls(None if store == "memory" else local(store), budget_gb * 1e9)
 
     def filled(
         self,
@@ -107,6 +109,15 @@ class AlignedPositions:
     def same(cls, examples: ExampleSet) -> AlignedPositions:
         """Source and target tokenise alike: the supervised positions themselves."""
         return cls(examples, [supervised_positions(example) for example in examples])
+
+    @classmethod
+    def between(
+        cls, examples: ExampleSet, source_tokenizer: Any, target_tokenizer: Any
+    ) -> AlignedPositions:
+        """Of ``examples`` in the target's tokens, whatever the source's tokenizer."""
+        if same_tokenization(source_tokenizer, target_tokenizer):
+            return cls.same(examples)
+        return cls.across(examples, source_tokenizer)
 
     @classmethod
     def across(cls, examples: ExampleSet, source_tokenizer: Any) -> AlignedPositions:
@@ -159,7 +170,7 @@ def run_source(
         for number, batch in enumerate(
             processing_batches(aligned.examples, order, batch_size, pad_token_id)
         ):
-            mask, pick = _position_mask(batch, aligned.positions)
+            mask, pick = position_mask(batch, aligned.positions)
             acts.positions = mask.to(device)
             inputs = {**batch.to(device).model_inputs(), "use_cache": False}
             rows: dict[str, Tensor] = {}
@@ -178,11 +189,11 @@ def run_source(
             advance(batch.num_tokens)
 
 
-def _position_mask(
+def position_mask(
     batch: Batch, positions: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Mask (B, T) of the positions to keep, and how to repeat kept rows where one serves
-    several.
+    """Mask (B, T) of the positions to keep, and how to repeat kept rows where one serves several;
+    ``positions[i]`` are those of example i.
     """
     mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     picks: list[int] = []

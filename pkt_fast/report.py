@@ -1,9 +1,8 @@
-"""What happened: phase timings, speeds, memory, versions, and the page a person opens."""
+"""What happened: phase timings, speeds, memory, versions, and a transfer's whole report."""
 
 from __future__ import annotations
 
 import contextlib
-import html
 import importlib.metadata
 import os
 import platform
@@ -16,10 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ._files import atomic_file
+from .config import TransferConfig
+from .data import ExampleSet
+from .maps import Alignment, summarize
 from .ops import served_by
 from .ops._gemm import choice
+from .pairing import LayerPair
 
 PACKAGES = ("pkt-fast", "torch", "transformers", "peft", "triton", "safetensors", "numpy")
 
@@ -117,52 +120,7 @@ def op_backends(device: torch.device) -> dict[str, str]:
     return {op: served[kind] for op, served in served_by().items()}
 
 
-# --------------------------------------------------------------------------- the HTML page
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0
-1rem;color:#1b1f24}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}table{border-collapse:collapse}
-td,th{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
-svg{background:#fafafa;border:1px solid #ddd}code{background:#f3f3f3;padding:0 .2rem}
-"""
-
-
-def write_html(path: Path, report: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
-    """Write the report as one self-contained page: pairs, losses, timings, settings."""
-    parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>pkt_fast transfer</title>",
-        f"<style>{_STYLE}</style><h1>pkt_fast transfer</h1>",
-        _table("Summary", report["summary"]),
-        "<h2>Losses</h2>" + _curves(history),
-        _table("Attribution (source layer → score)", dict(enumerate(report["attribution"] or []))),
-        _table("Phases", {k: _phase_line(v) for k, v in report["phases"].items()}),
-        _table("Settings", report["config"]),
-        _table("Data", report["data"]),
-        _table("Op implementations", report["ops"]),
-        _table("Versions", report["versions"]),
-        _table("Machine", report["machine"]),
-        "</html>\n",
-    ]
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(parts), encoding="utf-8")
-
-
-def _phase_line(phase: Mapping[str, Any]) -> str:
-    line = f"{phase['seconds']:.2f} s"
-    if "tokens_per_second" in phase:
-        line += f", {phase['tokens']:,} tokens, {phase['tokens_per_second']:,.0f} tokens/s"
-    return line
-
-
-def _table(title: str, rows: Mapping[Any, Any]) -> str:
-    if not rows:
-        return ""
-    body = "".join(
-        f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(str(value))}</td></tr>"
-        for key, value in rows.items()
-    )
-    return f"<h2>{html.escape(title)}</h2><table>{body}</table>"
+# --------------------------------------------------------------------------- a transfer
 
 
 def loss_names(history: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -170,20 +128,65 @@ def loss_names(history: Sequence[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(k for record in history for k in record if k.endswith("_loss")))
 
 
-def _curves(history: Sequence[Mapping[str, Any]], width: int = 640, height: int = 160) -> str:
-    drawings = []
-    for name in loss_names(history):
-        values = [float(record[name]) for record in history if name in record]
-        low, high = min(values), max(values)
-        span = (high - low) or 1.0
-        step = (width - 20) / max(1, len(values) - 1)
-        points = " ".join(
-            f"{10 + i * step:.1f},{height - 10 - (v - low) / span * (height - 20):.1f}"
-            for i, v in enumerate(values)
-        )
-        drawings.append(
-            f"<p>{html.escape(name)}: {values[0]:.4f} → {values[-1]:.4f}</p>"
-            f"<svg width='{width}' height='{height}'><polyline points='{points}' fill='none' "
-            "stroke='#2962ff' stroke-width='1.5'/></svg>"
-        )
-    return "".join(drawings)
+def transfer_report(
+    config: TransferConfig,
+    device: torch.device,
+    clock: Clock,
+    *,
+    pairs: Sequence[LayerPair],
+    scores: Tensor | None,
+    examples: ExampleSet,
+    alignment: Sequence[Alignment],
+    shared_tokens: int,
+    history: Sequence[Mapping[str, Any]],
+    trained_parameters: int,
+    store_bytes: int,
+    delta: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What report.json holds beside the history, with JSON types; ``summary`` is for a person."""
+    phases, peaks = clock.as_dict(), peak_memory()
+    losses = {
+        name: f"{history[0][name]:.4f} → {history[-1][name]:.4f}"
+        for name in loss_names(history)
+        if name in history[0]
+    }
+    summary = {
+        "pairs": "; ".join(map(str, pairs)),
+        **losses,
+        "steps": len(history),
+        "trained parameters": trained_parameters,
+        **({"alignment": summarize(alignment)} if alignment else {}),
+        "shared vocabulary": shared_tokens,
+        "training tokens/s": _training_speed(phases),
+        "total seconds": round(sum(clock.seconds.values()), 2),
+        "peak memory": ", ".join(
+            f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB" for name, size in peaks.items()
+        ),
+    }
+    return {
+        "summary": summary,
+        "config": config.as_dict(),
+        "pairs": [
+            {"target": pair.target, "source": list(pair.source), "weight": pair.weight}
+            for pair in pairs
+        ],
+        "attribution": None if scores is None else scores.tolist(),
+        "data": {**examples.summary.as_dict(), "fingerprint": examples.fingerprint()},
+        "alignment": [judged.as_dict() for judged in alignment],
+        "store_bytes": store_bytes,
+        "phases": phases,
+        "peak_memory": peaks,
+        "device": str(device),
+        "seed": config.seed,
+        "ops": op_backends(device),
+        "versions": versions(),
+        "machine": machine(),
+        "delta": dict(delta),
+    }
+
+
+def _training_speed(phases: Mapping[str, Mapping[str, Any]]) -> str:
+    steering = [phase for name, phase in phases.items() if name.startswith("steer")]
+    seconds = sum(phase["seconds"] for phase in steering)
+    tokens = sum(phase.get("tokens", 0) for phase in steering)
+    return f"{tokens / seconds:,.0f}" if seconds > 0 else "-"

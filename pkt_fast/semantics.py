@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ._files import atomic_file
+from ._files import atomic_file, local
 from .anatomy import Anatomy
 from .errors import ConfigError, DataError, NumericsError, VocabularyError
 from .heads import better_conditioned, gram_root, row_blocks, streamed_gram
@@ -145,10 +144,11 @@ class SemanticBasis:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SemanticBasis:
         """Read a basis written by :meth:`save`.  Raises :class:`DataError` for any other file."""
-        if not Path(path).is_file():
+        file = local(path)
+        if not file.is_file():
             raise DataError(f"no semantic basis at {path}: the file does not exist")
         try:
-            tensors = load_file(path)
+            tensors = load_file(file)
             basis = cls(
                 weight=tensors["weight"],
                 gram=tensors["gram"],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._files import atomic_directory, check_output_dir, write_json
+from ._files import atomic_directory, check_output_dir, local, write_json
 from .anatomy import Anatomy
 from .attribution import attribute
 from .capture import Wanted
@@ -43,7 +43,6 @@ from .maps import (
     judge_maps,
     map_digest,
     split_examples,
-    summarize,
 )
 from .methods import DeltaMaker, MethodInputs, delta_maker
 from .objectives import (
@@ -54,6 +53,7 @@ from .objectives import (
     training_terms,
 )
 from .ops import backend
+from .page import write_html
 from .pairing import LayerPair, pair_by_score, source_for
 from .phases import (
     HEAD,
@@ -67,7 +67,7 @@ from .phases import (
     run_source,
 )
 from .progress import Phases
-from .report import loss_names, machine, op_backends, peak_memory, versions, write_html
+from .report import loss_names, transfer_report
 from .ridge import RidgeMaker, output_projections, solve_layers
 from .steering import (
     Loader,
@@ -77,7 +77,7 @@ from .steering import (
     train,
 )
 from .stores import ActivationStore, model_fingerprint
-from .vocabulary import SharedVocabulary, match_vocabularies, same_tokenization
+from .vocabulary import SharedVocabulary, match_vocabularies
 
 
 @dataclass
@@ -110,7 +110,7 @@ class TransferResult:
             self.delta.write_into(temporary)
             write_json(temporary / "report.json", {**self.report, "history": self.history})
             write_html(temporary / "report.html", self.report, self.history)
-        return Path(directory)
+        return local(directory)
 
 
 def transfer(
@@ -218,7 +218,7 @@ class _Run:
             Anatomy.of(source).vocab_size, Anatomy.of(target).vocab_size, *tokenizers
         )
         _check_layers(config, Anatomy.of(target))
-        aligned = _aligned_positions(examples, *tokenizers)
+        aligned = AlignedPositions.between(examples, *tokenizers)
         check_token_ids(source, aligned.examples, "source")
         check_token_ids(target, examples, "target")
         return cls(
@@ -258,7 +258,20 @@ class _Run:
             pairs=self.pairs,
             attribution=self.scores,
             history=history,
-            report=self._report(delta, history, supervision) | {"delta": maker.report()},
+            report=transfer_report(
+                self.config,
+                self.device,
+                self.phases.clock,
+                pairs=self.pairs,
+                scores=self.scores,
+                examples=self.examples,
+                alignment=self.alignment,
+                shared_tokens=len(self.vocabulary),
+                history=history,
+                trained_parameters=delta.num_parameters,
+                store_bytes=0 if supervision is None else supervision.num_bytes,
+                delta=maker.report(),
+            ),
         )
 
     def diagnose(self) -> list[Alignment]:
@@ -644,65 +657,11 @@ class _Run:
     def _place(self) -> StorePlace:
         return StorePlace.of(self.config.store, self.config.store_budget_gb)
 
-    # ----------------------------------------------------------------- report
-
-    def _report(
-        self,
-        delta: LayerDelta,
-        history: list[Record],
-        supervision: ActivationStore | None,
-    ) -> dict[str, Any]:
-        clock, names = self.phases.clock, loss_names(history)
-        peaks = peak_memory()
-        summary = {
-            "pairs": "; ".join(map(str, self.pairs)),
-            **{n: f"{history[0][n]:.4f} → {history[-1][n]:.4f}" for n in names if n in history[0]},
-            "steps": len(history),
-            "trained parameters": delta.num_parameters,
-            **({"alignment": summarize(self.alignment)} if self.alignment else {}),
-            "shared vocabulary": len(self.vocabulary),
-            "training tokens/s": _tokens_per_second(clock.as_dict()),
-            "total seconds": round(sum(clock.seconds.values()), 2),
-            "peak memory": ", ".join(
-                f"{name.removesuffix('_bytes')} {size / 2**20:,.0f} MiB"
-                for name, size in peaks.items()
-            ),
-        }
-        return {
-            "summary": summary,
-            "config": self.config.as_dict(),
-            "pairs": [
-                {"target": p.target, "source": list(p.source), "weight": p.weight}
-                for p in self.pairs
-            ],
-            "attribution": None if self.scores is None else self.scores.tolist(),
-            "data": {
-                **self.examples.summary.as_dict(),
-                "fingerprint": self.examples.fingerprint(),
-            },
-            "alignment": [alignment.as_dict() for alignment in self.alignment],
-            "store_bytes": 0 if supervision is None else supervision.num_bytes,
-            "phases": clock.as_dict(),
-            "peak_memory": peaks,
-            "device": str(self.device),
-            "seed": self.config.seed,
-            "ops": op_backends(self.device),
-            "versions": versions(),
-            "machine": machine(),
-        }
-
 
 def _supervision_width(supervision: ActivationStore | None, layers: Sequence[int]) -> int | None:
     """Width of the stored rows that steer ``layers``."""
     column = None if supervision is None else supervision.columns.get(layer_column(layers[0]))
     return None if column is None else column.width
-
-
-def _tokens_per_second(phases: Mapping[str, Mapping[str, Any]]) -> str:
-    steering = [phase for name, phase in phases.items() if name.startswith("steer")]
-    seconds = sum(phase["seconds"] for phase in steering)
-    tokens = sum(phase.get("tokens", 0) for phase in steering)
-    return f"{tokens / seconds:,.0f}" if seconds > 0 else "-"
 
 
 @contextlib.contextmanager
@@ -748,11 +707,3 @@ def _check_layers(config: TransferConfig, target: Anatomy) -> None:
         raise ConfigError(
             f"num_layers={config.num_layers}: the target has {target.num_layers} layers"
         )
-
-
-def _aligned_positions(
-    examples: ExampleSet, source_tokenizer: Any, target_tokenizer: Any
-) -> AlignedPositions:
-    if same_tokenization(source_tokenizer, target_tokenizer):
-        return AlignedPositions.same(examples)
-    return AlignedPositions.across(examples, source_tokenizer)

@@ -16,9 +16,10 @@ from pkt_fast.analysis import (
     recomposition_cosines,
     round_trip,
 )
-from pkt_fast.data import batches, encode
+from pkt_fast.data import batches, collate, encode
 from pkt_fast.delta import LayerDelta, LowRank
-from pkt_fast.errors import ConfigError, NumericsError, OutputError
+from pkt_fast.errors import NumericsError, OutputError
+from pkt_fast.phases import AlignedPositions, processing_batches
 
 TOKENIZER = toy_tokenizers.byte_level(bos=False)
 ROWS = [
@@ -193,6 +194,18 @@ def test_save_without_matplotlib(analysis, tmp_path, monkeypatch):
     assert names == ["analysis.json", "analysis.md"]
 
 
-def test_analyze_refuses_other_tokenizations():
-    with pytest.raises(ConfigError, match="differently"):
-        analyze(model(), model(), ROWS, (TOKENIZER, toy_tokenizers.metaspace()))
+def test_analyze_aligns_texts_that_are_cut_differently():
+    other = toy_tokenizers.metaspace()
+    source = tiny_model("llama", vocab_size=len(other))
+    examples = encode(ROWS, TOKENIZER)
+    found = analyze(source, model(), ROWS, (other, TOKENIZER))
+    assert found.positions == examples.summary.supervised_tokens
+    aligned = AlignedPositions.across(examples, other)
+    # The first layer's rows, example by example without any batching.
+    expected = []
+    for example, positions in zip(aligned.examples, aligned.positions, strict=True):
+        batch = collate([example], [0], pad_token_id=0)
+        expected.append(layer_activations(source, [batch], [positions])[0])
+    batches = processing_batches(aligned.examples, range(len(examples)), 4, 0)
+    together = layer_activations(source, batches, aligned.positions)[0]
+    torch.testing.assert_close(together, torch.cat(expected), rtol=1e-4, atol=1e-5)

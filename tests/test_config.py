@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from pkt_fast import TransferConfig
 from pkt_fast.errors import ConfigError
@@ -40,6 +41,9 @@ def test_every_field_has_a_description():
         ({"zzz": 1}, "unknown setting 'zzz'; known:"),
         ({"objective": "none", "output_loss": "none"}, "nothing to train on"),
         ({"preset": "worst"}, "preset='worst'"),
+        ({"store": ""}, "store=''"),
+        ({"store": None}, "store=None"),
+        ({"dtype": None}, "dtype='None'"),
     ],
 )
 def test_refusals_name_field_value_and_choices(setting, words):
@@ -57,6 +61,12 @@ def test_sources_combine_in_order(tmp_path):
     assert TransferConfig.make(config.as_dict()) == config
     assert TransferConfig.make(config, epochs=9).epochs == 9
     assert config.replace(epochs=7).epochs == 7
+
+
+def test_torch_and_pathlib_values_become_strings(tmp_path):
+    config = TransferConfig(dtype=torch.bfloat16, device=torch.device("cpu"), store=tmp_path)
+    assert (config.dtype, config.device, config.store) == ("bfloat16", "cpu", str(tmp_path))
+    json.dumps(config.as_dict())
 
 
 def test_bad_config_files(tmp_path):

@@ -170,6 +170,86 @@ def with_template(template: str, tokenizer=None):
     return tokenizer
 
 
+# Three ways templates show a tool call: after the content, where there is none, instead of it with
+# an ending of its own.
+TOOL_TEMPLATES = {
+    "qwen": (
+        "{% if tools %}{{ '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{% if m.content %}{{ m.content }}{% endif %}"
+        "{% for c in m.tool_calls or [] %}{{ '<|tool|>' + c.function | tojson }}{% endfor %}"
+        "{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "deepseek": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if not m['content'] %}"
+        "{{ '<|tool|>' + m['tool_calls'][0]['function'] | tojson }}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+    "llama": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+        "{% if 'tool_calls' in m %}{{ m['tool_calls'][0]['function'] | tojson + '<|eom|>' }}"
+        "{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+CALLING = [
+    {"role": "user", "content": "1+2?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL], "name": None},
+    {"role": "tool", "content": "3", "name": "add", "tool_calls": None},
+    {"role": "assistant", "content": "It is 3.", "tool_calls": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "after"),
+    [
+        ("qwen", "<|tool|>", "<|im_end|>"),
+        ("deepseek", "<|tool|>", "<|im_end|>"),
+        ("llama", "", "<|eom|>"),
+    ],
+)
+@pytest.mark.parametrize("count", [2, 4])
+def test_tool_calls_are_what_the_assistant_says(template, before, after, count):
+    tokenizer = with_template(TOOL_TEMPLATES[template])
+    tokenizer.add_tokens(["<|tool|>", "<|eom|>"], special_tokens=True)
+    examples = encode([{"messages": CALLING[:count]}], tokenizer)
+    call = json.dumps(CALL["function"])
+    expected = [f"{before}{call}{after}", "It is 3.<|im_end|>"][: count // 2]
+    assert turns(tokenizer, examples[0]) == expected
+
+
+def test_null_and_missing_content_of_a_call_reach_the_template_as_they_are():
+    tokenizer = with_template(TOOL_TEMPLATES["qwen"])
+    missing = {"role": "assistant", "tool_calls": [CALL]}
+    both = encode([{"messages": [CALLING[0], m]} for m in (CALLING[1], missing)], tokenizer)
+    assert both[0].input_ids == both[1].input_ids
+
+
+def test_tools_of_a_row_reach_the_template():
+    tokenizer = with_template(TOOL_TEMPLATES["qwen"])
+    row = {"messages": CALLING, "tools": [{"type": "function", "function": {"name": "add"}}]}
+    assert encode([row], tokenizer)[0].text.startswith('<|im_start|>system\n[{"type": "function"')
+    assert render_prompt(row, tokenizer).startswith("<|im_start|>system")
+    assert "system" not in encode([{"messages": CALLING}], tokenizer)[0].text
+
+
+def test_tool_calls_that_nothing_shows_are_dropped_and_named(bare, chatml):
+    rows = [{"messages": CALLING}, {"text": "kept"}]
+    for tokenizer, words in [
+        (bare, "tools need a chat template"),
+        (chatml, "refuses the conversation"),
+        (with_template(toy.TEMPLATES["chatml"].replace("m['content']", "m['content']|string")),
+         "does not show the assistant's tool calls"),
+    ]:
+        dropped = encode(rows, tokenizer).summary.dropped
+        assert list(dropped.values()) == [(0,)]
+        assert words in next(iter(dropped))
+
+
 @pytest.mark.parametrize("make", [toy.byte_level, toy.metaspace])
 def test_header_of_a_template_without_generation_prompt(make):
     template = (
@@ -552,6 +632,9 @@ def test_missing_file_and_directory(tmp_path):
         ({"messages": [{"role": ["user"], "content": "a"}]}, "is not one of"),
         ({"messages": [{"role": "user", "content": 5}]}, r"content must be a string, not a numb"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a string, not null"),
+        ({"messages": [{"role": "user", "content": None, "tool_calls": []}]}, "tool_calls must be"),
+        ({"messages": [{"role": "user", "tool_calls": ["add"]}]}, "tool_calls must be a list"),
+        ({"messages": CHAT, "tools": "add"}, "tools must be a list, not a string"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"content\[0\] must be"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, r"content\[0\] must be"),
         ({"text": 7}, "row 1: text must be a string, not a number"),

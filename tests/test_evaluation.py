@@ -16,6 +16,8 @@ from pkt_fast.evaluation import agreement, evaluate, generate_replies, matches
 from pkt_fast.evaluation.answers import answer_of, reference_reply
 from pkt_fast.evaluation.generation import prompt_ids
 from pkt_fast.evaluation.harness import evaluate_tasks
+from pkt_fast.phases import AlignedPositions, supervised_positions
+from pkt_fast.vocabulary import match_vocabularies
 
 TOKENIZER = toy_tokenizers.byte_level(bos=True)
 ROWS = [
@@ -261,10 +263,30 @@ def test_agreement_is_over_shared_tokens_of_padded_heads():
     assert found.tokens == sum(e.num_supervised for e in encode(ROWS, TOKENIZER))
 
 
-def test_agreement_refuses_other_tokenizations():
-    pair = (TOKENIZER, toy_tokenizers.metaspace())
-    with pytest.raises(ConfigError, match="differently"):
-        agreement(model(), model(), ROWS, pair)
+def test_agreement_aligns_texts_that_are_cut_differently():
+    cut_otherwise = toy_tokenizers.metaspace()
+    mine, other = model(), tiny_model("llama", seed=5, vocab_size=len(cut_otherwise))
+    found = agreement(mine, other, ROWS, (TOKENIZER, cut_otherwise), batch_size=5)
+    examples = encode(ROWS, TOKENIZER)
+    aligned = AlignedPositions.across(examples, cut_otherwise)
+    shared = match_vocabularies(len(TOKENIZER), len(cut_otherwise), TOKENIZER, cut_otherwise)
+    kl, same, tokens = 0.0, 0, 0
+    for i, example in enumerate(examples):
+        own = supervised_logits(mine, example, supervised_positions(example))
+        theirs = supervised_logits(other, aligned.examples[i], aligned.positions[i])
+        own, theirs = own[:, shared.source], theirs[:, shared.target]
+        kl += float(F.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum"))
+        same += int((own.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += len(own)
+    assert found.tokens == tokens
+    assert found.kl == pytest.approx(kl / tokens, rel=1e-4)
+    assert found.top1 == same / tokens
+
+
+@torch.no_grad()
+def supervised_logits(net, example, positions):
+    return net(torch.tensor([example.input_ids])).logits[0, list(positions)].double()
+
 
 
 # --------------------------------------------------------------------------- lm-eval

@@ -6,11 +6,11 @@ import pytest
 from safetensors import SafetensorError
 
 from pkt_fast import _files
-from pkt_fast._files import atomic_directory, check_output_dir
+from pkt_fast._files import INVENTORY, atomic_directory, check_output_dir, write_inventory
 from pkt_fast.errors import OutputError
 
 
-def write(path, *, overwrite=False, name="new"):
+def write(path, *, overwrite=False, name="report.json"):
     with atomic_directory(path, overwrite=overwrite) as temporary:
         (temporary / name).write_text("x", encoding="utf-8")
 
@@ -24,21 +24,59 @@ def test_the_working_directory_keeps_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = os.stat(".").st_ino
     write(".")
-    assert os.listdir(".") == ["new"]
+    write(".", overwrite=True, name="report.html")
+    assert os.listdir(".") == ["report.html"]
     assert os.stat(tmp_path).st_ino == before
 
 
-@pytest.mark.parametrize("path", [".", "..", "link"])
-def test_overwriting_never_empties_the_working_directory_or_one_above(tmp_path, monkeypatch, path):
+@pytest.mark.parametrize("path", [".", "..", "link", "other"])
+def test_overwriting_removes_nothing_that_pkt_fast_did_not_write(tmp_path, monkeypatch, path):
     work = tmp_path / "work"
-    work.mkdir()
+    (work / "other" / "report.json").mkdir(parents=True)  # a folder of that name is not ours
     (work / "mine").touch()
     (work / "link").symlink_to(tmp_path)
     monkeypatch.chdir(work)
-    with pytest.raises(OutputError, match="working directory"):
+    with pytest.raises(OutputError, match="did not write"):
         write(path, overwrite=True)
-    assert sorted(os.listdir(work)) == ["link", "mine"]
+    assert sorted(os.listdir(work)) == ["link", "mine", "other"]
     assert os.listdir(tmp_path) == ["work"]
+
+
+def test_a_refusal_names_a_few_files(tmp_path):
+    for name in ("a", "b", "c", "d", "e", "report.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(OutputError, match=r"\(a, b, c and 2 more\)"):
+        check_output_dir(tmp_path, overwrite=True)
+
+
+def test_what_an_inventory_lists_may_be_overwritten(tmp_path):
+    def write_model():
+        with atomic_directory(tmp_path / "out", overwrite=True) as temporary:
+            (temporary / "templates").mkdir()
+            (temporary / "templates" / "chat").touch()
+            (temporary / "model.safetensors").touch()
+            write_inventory(temporary)
+
+    write_model()
+    write_model()
+    assert sorted(os.listdir(tmp_path / "out")) == ["model.safetensors", INVENTORY, "templates"]
+    (tmp_path / "out" / "note").touch()
+    with pytest.raises(OutputError, match=r"\(note\)"):
+        write_model()
+    for nonsense in ("{", "{}", "[1, []]"):
+        (tmp_path / "out" / INVENTORY).write_text(nonsense)
+        with pytest.raises(OutputError, match=r"model\.safetensors"):
+            write_model()
+
+
+@pytest.mark.parametrize("name", ["~/out", "~nobody-has-this-name/out"])
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    write(name)
+    expected = "home" if name.startswith("~/") else name.partition("/")[0]
+    assert os.listdir(tmp_path) == [expected]
+    assert os.listdir(tmp_path / expected / "out") == ["report.json"]
 
 
 def test_a_deleted_working_directory_does_not_hinder_another_path(tmp_path, monkeypatch):
@@ -47,18 +85,19 @@ def test_a_deleted_working_directory_does_not_hinder_another_path(tmp_path, monk
     monkeypatch.chdir(gone)
     gone.rmdir()
     write(tmp_path / "out")
-    write(tmp_path / "out", overwrite=True, name="newer")
-    assert os.listdir(tmp_path / "out") == ["newer"]
+    write(tmp_path / "out", overwrite=True, name="report.html")
+    assert os.listdir(tmp_path / "out") == ["report.html"]
 
 
 def test_a_mount_point_is_filled_in_place(tmp_path, monkeypatch):
     target = tmp_path / "mounted"
-    (target / "old").mkdir(parents=True)
+    (target / "folder").mkdir(parents=True)
     (target / "file").touch()
-    (target / "dangling").symlink_to("nowhere")
+    write_inventory(target)
+    (target / "report.html").symlink_to("nowhere")
     monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(target))
     write(target, overwrite=True)
-    assert os.listdir(target) == ["new"]
+    assert os.listdir(target) == ["report.json"]
     assert os.listdir(tmp_path) == ["mounted"]
 
 
@@ -66,14 +105,14 @@ def test_a_mount_point_is_filled_in_place(tmp_path, monkeypatch):
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O")])
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch, error, mounted):
     target = tmp_path / "out"
-    write(target, name="old")
+    write(target)
     monkeypatch.setattr(_files, "_stays", lambda path: mounted)
     with (
         pytest.raises(OutputError, match="cannot write"),
         atomic_directory(target, overwrite=True),
     ):
         raise error
-    assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == ["report.json"]
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -82,4 +121,4 @@ def test_a_symlink_to_a_directory_is_followed(tmp_path):
     (tmp_path / "link").symlink_to("real")
     write(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert os.listdir(tmp_path / "real") == ["new"]
+    assert os.listdir(tmp_path / "real") == ["report.json"]

@@ -326,8 +326,12 @@ def test_output_directory_must_be_free(tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="not empty"):
         transfer(*pair(), output_dir=tmp_path / "out")
-    transfer(*pair(), output_dir=tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine.txt").exists()
+    with pytest.raises(OutputError, match=r"did not write \(mine.txt\)"):
+        transfer(*pair(), output_dir=tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "mine.txt").rename(tmp_path / "mine.txt")
+    for _ in range(2):
+        transfer(*pair(), output_dir=tmp_path / "out", overwrite=True)
+    assert len(list((tmp_path / "out").iterdir())) == 4
     with pytest.raises(OutputError, match="is a file"):
         transfer(*pair(), output_dir=tmp_path / "out" / "report.json")
 

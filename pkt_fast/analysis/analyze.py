@@ -5,25 +5,25 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from .._files import atomic_directory, write_json
+from .._files import atomic_directory, local, write_json
 from ..anatomy import Anatomy
-from ..data import Batch, ExampleSet, batches, encode
+from ..data import encode
 from ..delta import LayerDelta
-from ..errors import ConfigError
 from ..evaluation.evaluate import injected
 from ..lending import evaluating
 from ..loading import pad_token_id
 from ..pairing import source_for
+from ..phases import AlignedPositions, processing_batches
 from ..progress import Phases
 from ..semantics import LINEAR_RECOMPOSITIONS, SemanticMap
-from ..vocabulary import match_vocabularies, same_tokenization
+from ..vocabulary import match_vocabularies
 from .figures import draw_curves, draw_heatmaps
 from .recomposition import predicted, recomposition_cosines, round_trip
 from .similarity import cka_matrix, layer_activations
@@ -93,7 +93,7 @@ class Analysis:
             if importlib.util.find_spec("matplotlib") is not None:
                 self._draw(temporary)
             names = sorted(path.name for path in temporary.iterdir())
-        return [Path(directory) / name for name in names]
+        return [local(directory) / name for name in names]
 
     def _draw(self, directory: Path) -> None:
         draw_curves(directory / "recomposition.png", self.recomposition, "cos(h, recomposed h)")
@@ -121,25 +121,28 @@ def analyze(
 ) -> Analysis:
     """Measure a pair on ``data`` (anything :func:`pkt_fast.transfer` takes).
 
-    ``tokenizer`` serves both models or is a pair (source's, target's) that tokenises alike.  With a
+    ``tokenizer`` serves both models or is a pair (source's, target's); where the two cut text
+    differently, the source is read at the last position that has read no more of the text.  With a
     ``delta`` of the target, CKA is measured after it as well.  ``max_positions`` bounds memory:
     positions · layers · width · 4 bytes for each model.
 
     Raises:
-        ConfigError: the tokenizers split text differently.
         PktFastError: models or data cannot be used.
     """
     own = tokenizer if isinstance(tokenizer, tuple | list) else (tokenizer, tokenizer)
-    if not same_tokenization(*own):
-        raise ConfigError("analyze: source and target tokenize text differently")
     phases = phases or Phases(False)
     examples = encode(data, own[1], max_length=max_length, limit=limit)
+    aligned = AlignedPositions.between(examples, *own)
+    of_target_text = AlignedPositions.same(examples)
 
     def layers_of(model: nn.Module, name: str) -> list[Tensor]:
+        read, pad = (aligned, own[0]) if model is source else (of_target_text, own[1])
+        order = range(len(examples))
         with phases.phase(name, len(examples)) as update, evaluating(model):
             return layer_activations(
                 model,
-                _batches(examples, own[1], batch_size),
+                processing_batches(read.examples, order, batch_size, pad_token_id(pad)),
+                read.positions,
                 interface=interface,
                 max_rows=max_positions,
                 advance=lambda done: update(done, ""),
@@ -167,10 +170,6 @@ def analyze(
         prediction=_prediction(source, target, own, of_source, of_target),
         cka=cka,
     )
-
-
-def _batches(examples: ExampleSet, tokenizer: Any, batch_size: int) -> Iterator[Batch]:
-    return batches(examples, batch_size, pad_token_id=pad_token_id(tokenizer))
 
 
 def _prediction(

@@ -11,12 +11,14 @@ from ..anatomy import Anatomy
 from ..capture import capture, check_finite
 from ..data import Batch
 from ..losses import cka
+from ..phases import position_mask
 
 
 @torch.no_grad()
 def layer_activations(
     model: nn.Module,
     batches: Iterable[Batch],
+    positions: Sequence[Sequence[int]] | None = None,
     *,
     interface: str = "mlp",
     max_rows: int = 4096,
@@ -24,8 +26,9 @@ def layer_activations(
 ) -> list[Tensor]:
     """Activations of all layers at supervised positions: L tensors (N, D), float32, on the CPU.
 
-    Batches are taken until ``max_rows`` rows are there; two models see the same rows of the same
-    batches.  Raises :class:`~pkt_fast.errors.NumericsError` when a layer gives NaN or inf.
+    ``positions``: read there instead, those of example i at index i, in order.  Batches are taken
+    until ``max_rows`` rows are there; two models see the same rows of the same batches.  Raises
+    :class:`~pkt_fast.errors.NumericsError` when a layer gives NaN or inf.
     """
     anatomy = Anatomy.of(model)
     layers = range(anatomy.num_layers)
@@ -34,9 +37,13 @@ def layer_activations(
     count = 0
     for batch in batches:
         placed = batch.to(device)
-        with capture(model, layers, interface=interface, positions=placed.supervised) as acts:
+        mask, pick = placed.supervised, None
+        if positions is not None:
+            mask, pick = position_mask(batch, positions)
+        with capture(model, layers, interface=interface, positions=mask.to(device)) as acts:
             anatomy.run_until(anatomy.num_layers - 1, **placed.model_inputs(), use_cache=False)
         for layer, rows in acts.items():
+            rows = rows if pick is None else rows[pick.to(device)]
             parts[layer].append(rows[: max_rows - count].float().cpu())
         count += len(parts[0][-1])
         advance(len(batch))

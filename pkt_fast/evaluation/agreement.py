@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy
-from ..data import encode
-from ..errors import ConfigError
+from ..data import collate, encode
 from ..lending import evaluating
-from ..vocabulary import match_vocabularies, same_tokenization
+from ..loading import pad_token_id
+from ..phases import AlignedPositions
+from ..vocabulary import match_vocabularies
 from .evaluate import scoring_batches
 from .rows import logit_chunks, supervised_hidden
 
@@ -44,22 +45,25 @@ def agreement(
 ) -> Agreement:
     """Compare the next-token distributions of ``model`` with those of ``other`` (the source, say).
 
-    ``tokenizer`` serves both, or is a pair (model's, other's) that tokenises alike; distributions
-    are over the shared vocabulary.
+    ``tokenizer`` serves both, or is a pair (model's, other's); where the two cut text differently,
+    ``other`` is read at the last position that has read no more of the text.  Distributions are
+    over the shared vocabulary.
 
     Raises:
-        ConfigError: the tokenizers split text differently.
+        DataError: the tokenizers cut text differently, and one gives no character offsets.
         VocabularyError: too little vocabulary is shared.
     """
     own, theirs = tokenizer if isinstance(tokenizer, tuple | list) else (tokenizer, tokenizer)
-    if not same_tokenization(own, theirs):
-        raise ConfigError("agreement: the two models tokenize text differently")
+    examples = encode(rows, own, max_length=max_length)
+    aligned = AlignedPositions.between(examples, theirs, own)
     sizes = Anatomy.of(model).vocab_size, Anatomy.of(other).vocab_size
     shared = match_vocabularies(*sizes, own, theirs)
     kl, same, tokens = 0.0, 0, 0
     with evaluating(model), evaluating(other):
-        for batch in scoring_batches(encode(rows, own, max_length=max_length), own, batch_size):
-            mine, their = supervised_hidden(model, batch), supervised_hidden(other, batch)
+        for batch in scoring_batches(examples, own, batch_size):
+            others = collate(aligned.examples, batch.rows, pad_token_id=pad_token_id(theirs))
+            mine = supervised_hidden(model, batch)
+            their = supervised_hidden(other, others, aligned.positions)
             for chunk, logits in logit_chunks(model, mine):
                 own_log = logits[:, shared.source.to(logits.device)].log_softmax(-1)
                 # One chunk of the other model: its own chunks may be cut elsewhere.

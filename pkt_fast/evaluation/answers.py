@@ -60,9 +60,9 @@ def reference_reply(row: Mapping[str, Any] | str) -> str | None:
         return turns
     if not turns or turns[-1].get("role") != "assistant":
         return None
-    content = turns[-1]["content"]
-    if isinstance(content, str):
-        return content
+    content = turns[-1].get("content")
+    if content is None or isinstance(content, str):
+        return content  # None: the turn only calls tools
     return "".join(part["text"] for part in content)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,28 @@ from torch.nn import functional as F
 from ..anatomy import Anatomy
 from ..data import Batch
 from ..errors import ModelError, NumericsError
+from ..phases import position_mask
 
 _CHUNK_ELEMENTS = 1 << 23
 
 
 @torch.no_grad()
-def supervised_hidden(model: nn.Module, batch: Batch) -> Tensor:
-    """The LM head's input (N, D) at the supervised positions of ``batch``."""
+def supervised_hidden(
+    model: nn.Module, batch: Batch, positions: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """The LM head's input (N, D) at the supervised positions of ``batch``.
+
+    ``positions``: read there instead, those of example i at index i, in order.
+    """
     anatomy = Anatomy.of(model)
-    batch = batch.to(anatomy.head.weight.device)
+    device = anatomy.head.weight.device
     with anatomy.bypass_head() as head_input:
-        model(**batch.model_inputs(), use_cache=False)
-    return head_input.hidden[batch.supervised]
+        model(**batch.to(device).model_inputs(), use_cache=False)
+    if positions is None:
+        return head_input.hidden[batch.supervised.to(device)]
+    mask, pick = position_mask(batch, positions)
+    rows = head_input.hidden[mask.to(device)]
+    return rows if pick is None else rows[pick.to(device)]
 
 
 @torch.no_grad()
