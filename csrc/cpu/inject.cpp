@@ -18,31 +18,30 @@ constexpr int64_t kBlockBytes = int64_t(128) << 10;
 
 PKT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows from … from + count − 1 of the factor (or its columns, when `by_column`), interleaved:
-// to[k·count + m].  Beyond the factor's `limit` rows: zeros.
+// `count` rows of the factor (or its columns, when `by_column`), interleaved: to[k·count + m] is of
+// row from + order[m].  Beyond the factor's `limit` rows: zeros.
 template <class Scalar, class T>
-void pack_as(const Factor& factor, bool by_column, int64_t from, int64_t count, int64_t limit,
-             int64_t rank, Scalar* to) {
+void pack_as(const Factor& factor, bool by_column, int64_t from, const int64_t* order,
+             int64_t count, int64_t limit, int64_t rank, Scalar* to) {
   const T* const data = static_cast<const T*>(factor.data);
   const int64_t along = by_column ? factor.column_stride : factor.row_stride;
   const int64_t step = by_column ? factor.row_stride : factor.column_stride;
   for (int64_t k = 0; k < rank; ++k) {
     for (int64_t m = 0; m < count; ++m) {
-      to[k * count + m] =
-          from + m < limit ? Scalar(widen(data[(from + m) * along + k * step])) : Scalar(0);
+      const int64_t row = from + order[m];
+      to[k * count + m] = row < limit ? Scalar(widen(data[row * along + k * step])) : Scalar(0);
     }
   }
 }
 
 template <class Scalar>
-void pack(const Factor& factor, bool by_column, int64_t from, int64_t count, int64_t limit,
-          int64_t rank, Scalar* to) {
-  switch (factor.dtype) {
-    case kFloat32: return pack_as<Scalar, float>(factor, by_column, from, count, limit, rank, to);
-    case kFloat64: return pack_as<Scalar, double>(factor, by_column, from, count, limit, rank, to);
-    case kBFloat16: return pack_as<Scalar, bf16>(factor, by_column, from, count, limit, rank, to);
-    default: return pack_as<Scalar, f16>(factor, by_column, from, count, limit, rank, to);
-  }
+void pack(const Factor& factor, bool by_column, int64_t from, const int64_t* order, int64_t count,
+          int64_t limit, int64_t rank, Scalar* to) {
+  const auto run = factor.dtype == kFloat32    ? pack_as<Scalar, float>
+                   : factor.dtype == kFloat64  ? pack_as<Scalar, double>
+                   : factor.dtype == kBFloat16 ? pack_as<Scalar, bf16>
+                                               : pack_as<Scalar, f16>;
+  run(factor, by_column, from, order, count, limit, rank, to);
 }
 
 // Two vectors of one row: add s·delta, keep the old bits, count what did not change.
@@ -51,8 +50,10 @@ PKT_INLINE int64_t finish_row(T* w, T* backup, Vector first, Vector second, Vect
                               const Place& at) {
   constexpr int width = Vector::width;
   if (backup) std::memcpy(backup, w, 2 * width * sizeof(T));
-  first = fma(first, scale, load(w));
-  second = fma(second, scale, load(w + width));
+  Vector old_first, old_second;
+  load_pair(w, &old_first, &old_second);
+  first = fma(first, scale, old_first);
+  second = fma(second, scale, old_second);
   if constexpr (kRandom) round_stochastically(at, w, &first, &second);
   return exchange(w, first, second);
 }
@@ -120,16 +121,21 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
   Scalar* const left = new Scalar[groups * rank * kRows];
   Scalar* const right = new Scalar[panels * rank * wide];
   int64_t unchanged = 0;
+  int64_t in_order[kRows], pair_order[wide];
+  for (int m = 0; m < kRows; ++m) in_order[m] = m;
+  for (int m = 0; m < wide; ++m) pair_order[m] = pair_column<T>(m);
 
 #pragma omp parallel num_threads(job.threads)
   {
 #pragma omp for schedule(static) nowait
     for (int64_t group = 0; group < groups; ++group) {
-      pack(matrix.left, false, group * kRows, kRows, rows, rank, left + group * rank * kRows);
+      pack(matrix.left, false, group * kRows, in_order, kRows, rows, rank,
+           left + group * rank * kRows);
     }
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < panels; ++panel) {
-      pack(matrix.right, true, panel * wide, wide, columns, rank, right + panel * rank * wide);
+      pack(matrix.right, true, panel * wide, pair_order, wide, columns, rank,
+           right + panel * rank * wide);
     }
     int64_t same = 0;
 #pragma omp for schedule(dynamic)

@@ -133,13 +133,16 @@ PKT_INLINE F32 load(const bf16* p) {
 PKT_INLINE F32 load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-PKT_INLINE __m256i packed(F32 a, const bf16*) {
+// The bfloat16 bits, rounded to nearest even, in the high half of every 32-bit lane.
+PKT_INLINE __m512i rounded(F32 a) {
   const __m512i u = _mm512_castps_si512(a.r);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i sum = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.r, a.r, _CMP_UNORD_Q);
-  rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  return _mm512_mask_mov_epi32(sum, nan, _mm512_set1_epi32(0x7fc00000));
+}
+PKT_INLINE __m256i packed(F32 a, const bf16*) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16));
 }
 PKT_INLINE __m256i packed(F32 a, const f16*) {
   return _mm512_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -153,19 +156,6 @@ PKT_INLINE void store(Half* p, F32 a) {
 template <class Half>
 PKT_INLINE void stream(Half* p, F32 a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), packed(a, p));
-}
-template <class Half>
-PKT_INLINE int exchange_half(Half* p, F32 a) {
-  __m256i* const at = reinterpret_cast<__m256i*>(p);
-  const __m256i old = _mm256_loadu_si256(at), now = packed(a, p);
-  _mm256_storeu_si256(at, now);
-  const __m256i magnitude = _mm256_and_si256(_mm256_or_si256(old, now), _mm256_set1_epi16(0x7fff));
-  const __mmask16 zeros = _mm256_cmpeq_epi16_mask(magnitude, _mm256_setzero_si256());
-  return _mm_popcnt_u32(uint32_t(_mm256_cmpeq_epi16_mask(old, now) | zeros));
-}
-template <class Half>
-PKT_INLINE int exchange_halves(Half* p, F32 a, F32 b) {
-  return exchange_half(p, a) + exchange_half(p + F32::width, b);
 }
 
 #elif defined(PKT_ISA_avx2)
@@ -201,28 +191,21 @@ PKT_INLINE F32 load(const bf16* p) {
 PKT_INLINE F32 load(const f16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-// The bfloat16 bits, rounded to nearest even, in the low half of every 32-bit lane.
-PKT_INLINE __m256i rounded_high(F32 a) {
+// The bfloat16 bits, rounded to nearest even, in the high half of every 32-bit lane.
+PKT_INLINE __m256i rounded(F32 a) {
   const __m256i u = _mm256_castps_si256(a.r);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i sum = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   // All bits set is a NaN too.
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.r, a.r, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_or_si256(rounded, nan), 16);
+  return _mm256_or_si256(sum, nan);
 }
 PKT_INLINE __m128i packed(F32 a, const bf16*) {
-  const __m256i high = rounded_high(a);
+  const __m256i high = _mm256_srli_epi32(rounded(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
-PKT_INLINE __m256i packed_pair(F32 a, F32 b, const bf16*) {
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded_high(a), rounded_high(b)), 0xd8);
 }
 PKT_INLINE __m128i packed(F32 a, const f16*) {
   return _mm256_cvtps_ph(a.r, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-PKT_INLINE __m256i packed_pair(F32 a, F32 b, const f16* p) {
-  return _mm256_set_m128i(packed(b, p), packed(a, p));
 }
 PKT_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.r); }
 PKT_INLINE void stream(float* p, F32 a) { _mm256_stream_ps(p, a.r); }
@@ -233,19 +216,6 @@ PKT_INLINE void store(Half* p, F32 a) {
 template <class Half>
 PKT_INLINE void stream(Half* p, F32 a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), packed(a, p));
-}
-PKT_INLINE int same_halves(__m256i x, __m256i y) {
-  const __m256i magnitude = _mm256_and_si256(_mm256_or_si256(x, y), _mm256_set1_epi16(0x7fff));
-  const __m256i zeros = _mm256_cmpeq_epi16(magnitude, _mm256_setzero_si256());
-  const __m256i same = _mm256_or_si256(_mm256_cmpeq_epi16(x, y), zeros);
-  return _mm_popcnt_u32(uint32_t(_mm256_movemask_epi8(same))) / 2;
-}
-template <class Half>
-PKT_INLINE int exchange_halves(Half* p, F32 a, F32 b) {
-  __m256i* const at = reinterpret_cast<__m256i*>(p);
-  const __m256i old = _mm256_loadu_si256(at), now = packed_pair(a, b, p);
-  _mm256_storeu_si256(at, now);
-  return same_halves(old, now);
 }
 
 #else
@@ -381,19 +351,6 @@ PKT_INLINE F64 load(const double* p) {
 }
 PKT_INLINE void store(double* p, F64 a) { std::memcpy(p, &a.r, sizeof a.r); }
 PKT_INLINE void stream(double* p, F64 a) { store(p, a); }
-
-// Stores a and b at p; returns how many values there stayed what they were.
-template <class T, class Vector>
-PKT_INLINE int exchange(T* p, Vector a, Vector b) {
-  const Vector old_a = load(p), old_b = load(p + Vector::width);
-  store(p, a);
-  store(p + Vector::width, b);
-  return equal_lanes(load(p), old_a) + equal_lanes(load(p + Vector::width), old_b);
-}
-#if defined(PKT_ISA_avx512) || defined(PKT_ISA_avx2)
-PKT_INLINE int exchange(bf16* p, F32 a, F32 b) { return exchange_halves(p, a, b); }
-PKT_INLINE int exchange(f16* p, F32 a, F32 b) { return exchange_halves(p, a, b); }
-#endif
 
 // The vector and scalar type in which storage type T is computed.
 template <class T>

@@ -1,17 +1,17 @@
-// Stochastic rounding of two vectors of one row of a matrix, with the words of philox.h.
+// Stochastic rounding of a pair of vectors, in one row of a matrix, with the words of philox.h.
 //
 // Everywhere else 16-bit values are rounded as they are stored.  Here a sum is first moved to one of
 // its neighbours in the storage type, still as float, so that storing it rounds nothing.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/pair.h"
 #include "philox.h"
 
 namespace pkt {
 namespace PKT_ISA {
 namespace {
 
-// Where two vectors of W lie, which decides their random words.
+// Where a pair lies in its matrix, which decides its random words.
 struct Place {
   uint64_t seed;
   uint32_t row, column, matrix;
@@ -49,15 +49,35 @@ PKT_INLINE Bits seconds(Wide a, Wide b) {
 #endif
 }
 
-// philox() for the quads of two vectors, one in the low half of each lane; what is left in the high
-// halves is never read.
-PKT_INLINE void random_words(const Place& at, Bits* first, Bits* second) {
-  // Firsts and seconds then hold the words in the order of the columns.
+// The quads of a pair in such an order that in_pair_order() has an easy time.
 #if defined(PKT_ISA_avx512)
-  const Wide quads = {0, 4, 1, 5, 2, 6, 3, 7};
+PKT_INLINE Wide quads_of(const bf16*) { return Wide{0, 1, 2, 3, 4, 5, 6, 7}; }
+PKT_INLINE Wide quads_of(const f16*) { return Wide{0, 4, 1, 5, 2, 6, 3, 7}; }
 #else
-  const Wide quads = {0, 2, 1, 3};
+PKT_INLINE Wide quads_of(const bf16*) { return Wide{0, 1, 2, 3}; }
+PKT_INLINE Wide quads_of(const f16*) { return Wide{0, 2, 1, 3}; }
 #endif
+
+// Words 0 to 3 of every quad, in the low halves of the lanes of c0 to c3, as load_pair() has them.
+PKT_INLINE void in_pair_order(Wide c0, Wide c1, Wide c2, Wide c3, const bf16*, Bits* first,
+                              Bits* second) {
+  const Wide low = (c0 ^ c0) + 0xffffffffu;
+  *first = Bits((c0 & low) | c2 << 32);
+  *second = Bits((c1 & low) | c3 << 32);
+}
+PKT_INLINE void in_pair_order(Wide c0, Wide c1, Wide c2, Wide c3, const f16*, Bits* first,
+                              Bits* second) {
+  const Wide low = (c0 ^ c0) + 0xffffffffu;
+  const Wide words01 = (c0 & low) | c1 << 32, words23 = (c2 & low) | c3 << 32;
+  *first = firsts(words01, words23);
+  *second = seconds(words01, words23);
+}
+
+// philox() for the quads of a pair, one in the low half of each lane; what is left in the high
+// halves is never read.
+template <class Half>
+PKT_INLINE void random_words(const Place& at, const Half* storage, Bits* first, Bits* second) {
+  const Wide quads = quads_of(storage);
   const Wide zero = quads - quads;
   Wide c0 = quads + at.column / 4, c1 = zero + at.row, c2 = zero + at.matrix, c3 = zero;
   uint32_t k0 = uint32_t(at.seed), k1 = uint32_t(at.seed >> 32);
@@ -71,10 +91,7 @@ PKT_INLINE void random_words(const Place& at, Bits* first, Bits* second) {
     k0 += kPhiloxStep0;
     k1 += kPhiloxStep1;
   }
-  const Wide low = zero + 0xffffffffu;
-  const Wide words01 = (c0 & low) | c1 << 32, words23 = (c2 & low) | c3 << 32;
-  *first = firsts(words01, words23);
-  *second = seconds(words01, words23);
+  in_pair_order(c0, c1, c2, c3, storage, first, second);
 }
 
 PKT_INLINE Bits neighbour_bits(Floats x, Bits words, const bf16*) {
@@ -110,7 +127,7 @@ template <class Half>
 PKT_INLINE void round_stochastically(const Place& at, const Half* storage, F32* first,
                                      F32* second) {
   Bits words, more;
-  random_words(at, &words, &more);
+  random_words(at, storage, &words, &more);
   *first = neighbour(*first, words, storage);
   *second = neighbour(*second, more, storage);
 }
