@@ -20,6 +20,7 @@ from .data import IGNORE_INDEX, Batch
 from .errors import ConfigError, DataError, NumericsError
 from .lending import frozen
 from .ops import grad_x_act
+from .ops.linear import own_products
 
 REDUCTIONS = ("absolute", "signed", "net")
 
@@ -86,7 +87,7 @@ def _scaled_products(
 ) -> tuple[Tensor, Tensor]:
     """The sums for a loss times ``scale``: one forward and one backward pass."""
     anatomy = Anatomy.of(model)
-    with _inference_with_graph(model), torch.enable_grad():
+    with own_products(), _inference_with_graph(model), torch.enable_grad():
         with _tapped(anatomy, interface) as tapped, anatomy.bypass_head() as head_input:
             model(**batch.model_inputs(), use_cache=False)
         loss = _summed_mean_losses(anatomy, head_input.hidden, batch)

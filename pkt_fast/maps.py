@@ -23,7 +23,7 @@ from .config import ALIGNED_OBJECTIVES, TransferConfig
 from .errors import ConfigError, VocabularyError
 from .fitting import Affine, PairedMoments, fit_procrustes, fit_ridge
 from .lending import lent
-from .ops import align_rows, backend, decompose
+from .ops import align_rows, decompose
 from .pairing import LayerPair
 from .phases import HEAD, AlignedPositions, layer_column, longest_first, run_source
 from .semantics import LINEAR_RECOMPOSITIONS, SemanticBasis, SemanticMap
@@ -294,9 +294,16 @@ def build_maps(
     if config.recompose == "lens":
         return _lenses(models, config, fit_on, advance)
     source, target = _basis(models.source), _basis(models.target)
-    own = models.vocabulary.target
-    mapping = _vocabulary_map(source, target, models.vocabulary, config)
-    round_trip = _vocabulary_map(target, target, SharedVocabulary(own, own), config)
+    mapping: LatentMap
+    round_trip: LatentMap
+    if config.recompose in LINEAR_RECOMPOSITIONS:
+        mapping, round_trip = SemanticMap.with_round_trip(
+            source, target, config.recompose, models.vocabulary
+        )
+    else:
+        own = models.vocabulary.target
+        mapping = _coefficient_map(source, target, models.vocabulary, config)
+        round_trip = _coefficient_map(target, target, SharedVocabulary(own, own), config)
     layers = [pair.target for pair in models.pairs]
     return LayerMaps(
         dict.fromkeys(layers, mapping.to(models.device)),
@@ -304,11 +311,9 @@ def build_maps(
     )
 
 
-def _vocabulary_map(
+def _coefficient_map(
     source: SemanticBasis, target: SemanticBasis, shared: SharedVocabulary, config: TransferConfig
-) -> LatentMap:
-    if config.recompose in LINEAR_RECOMPOSITIONS:
-        return SemanticMap.between(source, target, config.recompose, vocabulary=shared)
+) -> CoefficientMap:
     return CoefficientMap.between(
         source,
         target,
@@ -519,9 +524,9 @@ def diagnose(
     Arguments are those of :func:`pkt_fast.transfer`.  Attributes and pairs layers, builds the maps,
     and returns one :class:`Alignment` a paired target layer.  No weight changes.
     """
-    from .transfer import _Run
+    from .transfer import _Run, computing_as
 
     settings = TransferConfig.make(config, preset, **overrides)
-    with backend(settings.backend), lent(src, tgt, source_base, kept=None):
+    with computing_as(settings), lent(src, tgt, source_base, kept=None):
         run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
         return run.diagnose()

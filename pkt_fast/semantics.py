@@ -24,7 +24,7 @@ from .anatomy import Anatomy
 from .errors import ConfigError, DataError, NumericsError, VocabularyError
 from .heads import better_conditioned, gram_root, row_blocks, streamed_gram
 from .ops import align_rows
-from .ops._gemm import product, serves
+from .ops._gemm import add_product, product, serves
 from .vocabulary import SharedVocabulary, match_vocabularies
 
 Recompose = Literal["frame", "dual", "logit"]
@@ -123,6 +123,8 @@ class SemanticBasis:
 
     def unit_vectors(self, head_rows: Tensor) -> Tensor:
         """Rows of S, in float64, for rows (v, D) of the head."""
+        if serves(head_rows, self.inverse):
+            return unit_rows_(product(head_rows, self.inverse))
         return unit_rows_(head_rows.to(torch.float64) @ self.inverse)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -203,22 +205,28 @@ class SemanticMap:
         :class:`ConfigError` for another ``recompose`` and :class:`VocabularyError` when too little
         is shared.
         """
-        if recompose not in LINEAR_RECOMPOSITIONS:
-            raise ConfigError(
-                f"recompose={recompose!r}: choose one of {', '.join(LINEAR_RECOMPOSITIONS)}"
-            )
         source = src if isinstance(src, SemanticBasis) else SemanticBasis.from_model(src)
         target = tgt if isinstance(tgt, SemanticBasis) else SemanticBasis.from_model(tgt)
         vocabulary = vocabulary or match_vocabularies(
             len(source.weight), len(target.weight), source_tokenizer, target_tokenizer
         )
-        if len(vocabulary) == 0:
-            raise VocabularyError("source and target share no vocabulary")
-        cross, own = _moments(source, target, vocabulary, recompose)
-        matrix = cross if recompose == "frame" else gram_root(own).inverse @ cross
-        return cls(
-            matrix.to(target.dtype), recompose, len(vocabulary), normalize=recompose == "frame"
-        )
+        return _moments(source, target, vocabulary, recompose, own=recompose != "frame").map()
+
+    @classmethod
+    @torch.no_grad()
+    def with_round_trip(
+        cls,
+        source: SemanticBasis,
+        target: SemanticBasis,
+        recompose: Recompose | str,
+        vocabulary: SharedVocabulary,
+    ) -> tuple[SemanticMap, SemanticMap]:
+        """The map :meth:`between` two bases, and the target's onto itself over the same tokens.
+
+        Both come from one pass over the vocabulary.
+        """
+        moments = _moments(source, target, vocabulary, recompose, own=True)
+        return moments.map(), moments.round_trip()
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """h̃ for every row: (..., D_src) -> (..., D_tgt); accumulated in float32 at least."""
@@ -236,29 +244,68 @@ class SemanticMap:
         )
 
 
-def _moments(
-    source: SemanticBasis, target: SemanticBasis, vocabulary: SharedVocabulary, recompose: str
-) -> tuple[Tensor, Tensor]:
-    """Σ_v t_v·s_vᵀ and Σ_v t_v·t_vᵀ over the shared rows: basis vectors, or head rows for
-    "logit".
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Σ_v t_v·s_vᵀ (D_tgt, D_src) and Σ_v t_v·t_vᵀ (D_tgt, D_tgt) over the shared rows, float64.
+
+    The rows are basis vectors, or the heads' own for "logit".  ``own`` may be left out for "frame".
     """
+
+    recompose: str
+    shared: int
+    dtype: torch.dtype
+    cross: Tensor
+    own: Tensor | None
+
+    def map(self) -> SemanticMap:
+        return self._map(self.cross)
+
+    def round_trip(self) -> SemanticMap:
+        assert self.own is not None
+        return self._map(self.own)
+
+    def _map(self, cross: Tensor) -> SemanticMap:
+        frame = self.recompose == "frame"
+        matrix = cross if frame else self._inverse @ cross
+        return SemanticMap(matrix.to(self.dtype), self.recompose, self.shared, normalize=frame)
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        assert self.own is not None
+        return gram_root(self.own).inverse
+
+
+def _moments(
+    source: SemanticBasis,
+    target: SemanticBasis,
+    vocabulary: SharedVocabulary,
+    recompose: str,
+    own: bool,
+) -> _Moments:
+    """Stream the shared vocabulary once.  Raises as :meth:`SemanticMap.between`."""
+    if recompose not in LINEAR_RECOMPOSITIONS:
+        raise ConfigError(
+            f"recompose={recompose!r}: choose one of {', '.join(LINEAR_RECOMPOSITIONS)}"
+        )
+    if len(vocabulary) == 0:
+        raise VocabularyError("source and target share no vocabulary")
     device = target.weight.device
     cross = torch.zeros(
         target.weight.shape[1], source.weight.shape[1], dtype=torch.float64, device=device
     )
-    own = torch.zeros_like(target.gram)
+    second = torch.zeros_like(target.gram) if own else None
     for target_rows, source_rows in _shared_rows(source, target, vocabulary):
         if recompose == "logit":
             t, s = target_rows.to(torch.float64), source_rows.to(torch.float64)
         else:
             t, s = target.unit_vectors(target_rows), source.unit_vectors(source_rows)
-        cross.addmm_(t.T, s.to(device))
-        if recompose == "dual":
-            own.addmm_(t.T, t)
-    if recompose == "logit":
+        add_product(cross, t.T, s.to(device))
+        if second is not None and recompose != "logit":
+            add_product(second, t.T, t)
+    if own and recompose == "logit":
         full = len(vocabulary) == len(target.weight)
-        own = target.gram if full else streamed_gram(target.weight[vocabulary.target.to(device)])
-    return cross, own
+        second = target.gram if full else streamed_gram(target.weight[vocabulary.target.to(device)])
+    return _Moments(recompose, len(vocabulary), target.dtype, cross, second)
 
 
 def _shared_rows(

@@ -53,6 +53,7 @@ from .objectives import (
     training_terms,
 )
 from .ops import backend
+from .ops.linear import own_products
 from .page import write_html
 from .pairing import LayerPair, pair_by_score, source_for
 from .phases import (
@@ -153,12 +154,24 @@ def transfer(
     settings = TransferConfig.make(config, preset, **overrides)
     if output_dir is not None:
         check_output_dir(output_dir, settings.overwrite)
-    with backend(settings.backend), lent(src, source_base, kept=tgt):
+    with computing_as(settings), lent(src, source_base, kept=tgt):
         run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
         result = run.transfer()
     if output_dir is not None:
         result.save(output_dir, overwrite=settings.overwrite)
     return result
+
+
+@contextlib.contextmanager
+def computing_as(config: TransferConfig) -> Iterator[None]:
+    """Inside, ops run on the backend that ``config`` names, and models multiply with what is
+    fastest.
+
+    Compiled blocks multiply as torch.compile has it.
+    """
+    on_cpu = resolve_device(config.device).type == "cpu"
+    with backend(config.backend), own_products(on_cpu and not config.compile):
+        yield
 
 
 @dataclass(eq=False)

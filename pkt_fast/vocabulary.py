@@ -61,9 +61,12 @@ def match_vocabularies(
             )
         rows = torch.arange(source_rows)
         return SharedVocabulary(rows, rows)
+    if source_tokenizer is target_tokenizer and source_rows == target_rows:
+        indices = source_tokenizer.get_vocab().values()
+        rows = torch.tensor(sorted({i for i in indices if i < source_rows}), dtype=torch.int64)
+        return SharedVocabulary(rows, rows)
     source = _token_table(source_tokenizer, source_rows)
-    alike = source_tokenizer is target_tokenizer and source_rows == target_rows
-    target = source if alike else _token_table(target_tokenizer, target_rows)
+    target = _token_table(target_tokenizer, target_rows)
     shared = sorted((index, target[token]) for token, index in source.items() if token in target)
     smaller = min(len(source), len(target))
     needed = min(max(MINIMUM_SHARED, int(MINIMUM_FRACTION * smaller)), max(1, smaller // 2))

@@ -49,6 +49,27 @@ def test_vectors_are_the_unit_rows_of_the_pseudoinverse(shape, dtype, tolerance)
     assert (vectors.double() - expected).norm() / expected.norm() < tolerance
 
 
+@pytest.mark.parametrize("recompose", ALIGN)
+@pytest.mark.parametrize("whole", [True, False])
+def test_one_pass_gives_the_map_and_the_round_trip(recompose, whole):
+    """Equal to two maps built apart; widths on both sides of what our own kernel takes."""
+    source = SemanticBasis.from_weight(head(4500, 40, 1))
+    target = SemanticBasis.from_weight(head(4500, 72, 2))
+    rows = torch.arange(4500) if whole else torch.arange(0, 4400, 3)
+    shared = SharedVocabulary(rows, rows if whole else rows + 100)
+    found = SemanticMap.with_round_trip(source, target, recompose, shared)
+    alone = SharedVocabulary(shared.target, shared.target)
+    expected = (
+        SemanticMap.between(source, target, recompose, vocabulary=shared),
+        SemanticMap.between(target, target, recompose, vocabulary=alone),
+    )
+    for got, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(got.matrix, other.matrix, rtol=1e-10, atol=1e-11)
+        assert (got.recompose, got.shared, got.normalize) == (
+            other.recompose, other.shared, other.normalize
+        )
+
+
 @pytest.mark.parametrize("recompose", ["dual", "logit"])
 def test_round_trip_is_exact_when_source_is_target(recompose):
     basis = SemanticBasis.from_weight(head(500, 20))

@@ -21,6 +21,13 @@ def test_equal_tokenizers_share_every_row():
     assert shared.covers(len(tokenizer), len(tokenizer))
 
 
+def test_a_tokenizer_shares_every_token_with_itself():
+    """Also two tokens of one spelling, and none beyond the head."""
+    tokenizer = FakeTokenizer({"▁a": 0, " a": 1, "b": 2, "c": 9})
+    shared = match_vocabularies(4, 4, tokenizer, tokenizer)
+    assert shared.source.tolist() == shared.target.tolist() == [0, 1, 2]
+
+
 def test_padding_rows_are_left_out():
     tokenizer = toy_tokenizers.byte_level()
     shared = match_vocabularies(len(tokenizer) + 7, len(tokenizer) + 64, tokenizer, tokenizer)

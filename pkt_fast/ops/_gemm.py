@@ -111,6 +111,14 @@ def product(
     return out
 
 
+def add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Out (N, M) += left (N, K)·right (K, M) in one dtype, by whoever multiplies here."""
+    if serves(left, right):
+        product(left, right, out=out, accumulate=True)
+    else:
+        out.addmm_(left, right)
+
+
 def gram(rows: Tensor) -> Tensor:
     """rowsᵀ·rows (D, D) in float64 for rows (N, D) by the extension's kernel; symmetric to the bit.
 
