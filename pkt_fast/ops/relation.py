@@ -90,9 +90,9 @@ def _scale_row_gradients(ctx, grad_inner, grad_norm, *_):  # type: ignore[no-unt
         lengths = starts.diff()
         for grad, gradient in zip((grad_inner, grad_norm), gradients, strict=True):
             if grad is not None:
-                per_row = grad.repeat_interleave(lengths, output_size=len(gradient))
-                term = per_row[:, None] * gradient
-                total = term if total is None else total + term
+                per_row = grad.repeat_interleave(lengths, output_size=len(gradient))[:, None]
+                # In place on the second: every new (R, D) array costs more than the arithmetic.
+                total = gradient * per_row if total is None else total.addcmul_(gradient, per_row)
         total = None if total is None else total.to(ctx.dtype)
     return total, None, None, None
 
