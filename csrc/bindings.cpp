@@ -32,23 +32,52 @@ Activation activation(const ActivationArgs& x) {
   return {address(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
 }
 
+// (address, dtype, row stride)
+using RowsArgs = std::tuple<std::uintptr_t, int, std::int64_t>;
+
+pkt::Rows rows_of(const RowsArgs& x) {
+  return {address(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
+}
+
+// (address, count)
+using IndexArgs = std::tuple<std::uintptr_t, std::int64_t>;
+// (dtype, rows per batch, dim, value, minus, other, other_minus)
+using OperandArgs = std::tuple<int, std::int64_t, std::int64_t, ActivationArgs, ActivationArgs,
+                               ActivationArgs, ActivationArgs>;
+// (lam, scale, normalize)
+using BlendArgs = std::tuple<double, double, bool>;
+
+pkt::CaptureRows capture_of(const RowsArgs& out, const IndexArgs& index,
+                            const OperandArgs& operands, const BlendArgs& blend, int threads) {
+  const auto& [out_at, out_dtype, out_stride] = out;
+  const auto& [index_at, count] = index;
+  const auto& [dtype, rows_per_batch, dim, value, minus, other, other_minus] = operands;
+  const auto& [lam, scale, normalize] = blend;
+  return {writable(out_at),
+          out_dtype,
+          out_stride,
+          static_cast<const std::int64_t*>(address(index_at)),
+          count,
+          dim,
+          dtype,
+          rows_per_batch,
+          activation(value),
+          activation(minus),
+          activation(other),
+          activation(other_minus),
+          lam,
+          scale,
+          normalize,
+          threads};
+}
+
 // Returns the position of the first index outside [0, rows), or -1 when all rows were captured.
-std::int64_t capture_rows(std::uintptr_t out, int out_dtype, std::int64_t out_stride,
-                          std::uintptr_t index, std::int64_t count, std::int64_t rows,
-                          std::int64_t rows_per_batch, std::int64_t dim, int dtype,
-                          const ActivationArgs& value, const ActivationArgs& minus,
-                          const ActivationArgs& other, const ActivationArgs& other_minus,
-                          double lam, double scale, bool normalize, int threads) {
-  const auto* indices = static_cast<const std::int64_t*>(address(index));
-  for (std::int64_t n = 0; n < count; ++n) {
-    if (indices[n] < 0 || indices[n] >= rows) return n;
+std::int64_t capture_rows(const RowsArgs& out, const IndexArgs& index, const OperandArgs& operands,
+                          const BlendArgs& blend, std::int64_t rows, int threads) {
+  const pkt::CaptureRows job = capture_of(out, index, operands, blend, threads);
+  for (std::int64_t n = 0; n < job.count; ++n) {
+    if (job.index[n] < 0 || job.index[n] >= rows) return n;
   }
-  pkt::CaptureRows job{writable(out),      out_dtype,         out_stride,
-                       indices,            count,             dim,
-                       dtype,              rows_per_batch,    activation(value),
-                       activation(minus),  activation(other), activation(other_minus),
-                       lam,                scale,             normalize,
-                       threads};
   py::gil_scoped_release unlocked;
   pkt::kernels().capture_rows(job);
   return -1;
@@ -64,13 +93,6 @@ void grad_x_act(std::uintptr_t with_sign, std::uintptr_t absolute, std::int64_t 
                     threads};
   py::gil_scoped_release unlocked;
   pkt::kernels().grad_x_act(job);
-}
-
-// (address, dtype, row stride)
-using RowsArgs = std::tuple<std::uintptr_t, int, std::int64_t>;
-
-pkt::Rows rows_of(const RowsArgs& x) {
-  return {address(std::get<0>(x)), std::get<1>(x), std::get<2>(x)};
 }
 
 // Addresses of 0 for the gradients that are not wanted, and for the weight when none is.
@@ -106,15 +128,20 @@ std::vector<pkt::Matrix> matrices_of(const std::vector<MatrixArgs>& args) {
   return matrices;
 }
 
+pkt::Inject inject_of(const std::vector<pkt::Matrix>& matrices, std::uintptr_t unchanged,
+                      std::optional<std::uint64_t> seed, int threads) {
+  return {matrices.data(),
+          std::int64_t(matrices.size()),
+          static_cast<std::int64_t*>(writable(unchanged)),
+          seed.has_value(),
+          seed.value_or(0),
+          threads};
+}
+
 void inject(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
             std::optional<std::uint64_t> seed, int threads) {
   const std::vector<pkt::Matrix> matrices = matrices_of(args);
-  pkt::Inject job{matrices.data(),
-                  std::int64_t(matrices.size()),
-                  static_cast<std::int64_t*>(writable(unchanged)),
-                  seed.has_value(),
-                  seed.value_or(0),
-                  threads};
+  const pkt::Inject job = inject_of(matrices, unchanged, seed, threads);
   py::gil_scoped_release unlocked;
   pkt::kernels().inject(job);
 }
@@ -137,37 +164,12 @@ void raise_on(const char* failure) {
 void inject_cuda(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
                  std::optional<std::uint64_t> seed, std::uintptr_t stream) {
   const std::vector<pkt::Matrix> matrices = matrices_of(args);
-  pkt::Inject job{matrices.data(),
-                  std::int64_t(matrices.size()),
-                  static_cast<std::int64_t*>(writable(unchanged)),
-                  seed.has_value(),
-                  seed.value_or(0),
-                  1};
-  raise_on(pkt::cuda::inject(job, stream));
+  raise_on(pkt::cuda::inject(inject_of(matrices, unchanged, seed, 1), stream));
 }
 
-void capture_rows_pinned(std::uintptr_t out, int out_dtype, std::int64_t out_stride,
-                         std::uintptr_t index, std::int64_t count, std::int64_t rows,
-                         std::int64_t rows_per_batch, std::int64_t dim, int dtype,
-                         const ActivationArgs& value, const ActivationArgs& minus,
-                         const ActivationArgs& other, const ActivationArgs& other_minus,
-                         double lam, double scale, bool normalize, std::uintptr_t stream) {
-  pkt::CaptureRows job{writable(out),
-                       out_dtype,
-                       out_stride,
-                       static_cast<const std::int64_t*>(address(index)),
-                       count,
-                       dim,
-                       dtype,
-                       rows_per_batch,
-                       activation(value),
-                       activation(minus),
-                       activation(other),
-                       activation(other_minus),
-                       lam,
-                       scale,
-                       normalize,
-                       1};
+void capture_rows_pinned(const RowsArgs& out, const IndexArgs& index, const OperandArgs& operands,
+                         const BlendArgs& blend, std::int64_t rows, std::uintptr_t stream) {
+  const pkt::CaptureRows job = capture_of(out, index, operands, blend, 1);
   raise_on(pkt::cuda::capture_rows_pinned(job, rows, stream));
 }
 

@@ -49,6 +49,25 @@ def test_cuda_part_has_every_architecture():
     assert callable(native.capture_rows_pinned)
 
 
+def test_cuda_functions_say_when_there_is_no_gpu():
+    """They take what the ops hand to their CPU twins, and fail in CUDA's own words."""
+    import torch
+
+    if not native.build_info()["cuda_archs"] or torch.cuda.is_available():
+        pytest.skip("built without nvcc, or a GPU is here")
+    row, absent = torch.zeros(1, 16), (0, 0, 0)
+    index = torch.zeros(1, dtype=torch.int64)
+    operands = (0, 1, 16, (row.data_ptr(), 16, 16), absent, absent, absent)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        native.capture_rows_pinned(
+            (row.data_ptr(), 0, 16), (index.data_ptr(), 1), operands, (0.0, 1.0, False), 1, 0
+        )
+    factor = (row.data_ptr(), 0, 1, 1)
+    matrix = ((row.data_ptr(), 0, 4, 4, 4), factor, factor, 1, (0, 0), 1.0)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        native.inject_cuda([matrix], index.data_ptr(), None, 0)
+
+
 def test_best_instruction_set_is_used():
     info = native.build_info()
     wanted = os.environ.get("PKT_FAST_ISA")

@@ -5,7 +5,7 @@ out[offset + n] = cast(unit?(s·((1−λ)(value − minus) + λ(other − other_
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -204,6 +204,33 @@ def _activation(x: Tensor | None) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
 
 
+def _operands(*activations: Tensor | None) -> list[Tensor | None]:
+    """Activations with contiguous rows; keep them as long as their addresses are in use."""
+    return [None if x is None else rows_contiguous(x) for x in activations]
+
+
+def _described(
+    out: Tensor, offset: int, index: Tensor, operands: Sequence[Tensor | None]
+) -> tuple[Any, ...]:
+    """Out's rows from ``offset`` on, index and operands, as both kernels take them.
+
+    ``index`` is contiguous and the operands are those of :func:`_operands`.
+    """
+    value = operands[0]
+    assert value is not None
+    return (
+        (
+            out.data_ptr() + offset * out.stride(0) * out.element_size(),
+            DTYPE_CODES[out.dtype], out.stride(0),
+        ),
+        (index.data_ptr(), len(index)),
+        (
+            DTYPE_CODES[value.dtype], max(value.shape[-2], 1), value.shape[-1],
+            *map(_activation, operands),
+        ),
+    )  # fmt: skip
+
+
 if (_native_capture_rows := native_kernel("capture_rows")) is not None:
 
     @implementation("capture_rows", "native", supports=_native_takes)
@@ -219,22 +246,14 @@ if (_native_capture_rows := native_kernel("capture_rows")) is not None:
         scale: float,
         normalize: bool,
     ) -> None:
-        count, dim = index.shape[0], value.shape[-1]
-        rows = value.shape[0] if value.dim() == 2 else value.shape[0] * value.shape[1]
-        # Kept in variables: the addresses are valid while these live.
+        rows = value.shape[:-1].numel()
         index = index.contiguous()
-        value = rows_contiguous(value)
-        minus, other, other_minus = (
-            None if x is None else rows_contiguous(x) for x in (minus, other, other_minus)
-        )
-        out_item = out.element_size()
+        operands = _operands(value, minus, other, other_minus)
+        row_bytes = value.shape[-1] * (value.element_size() + out.element_size())
         wrong = _native_capture_rows(
-            out.data_ptr() + offset * out.stride(0) * out_item, DTYPE_CODES[out.dtype],
-            out.stride(0), index.data_ptr(), count, rows, max(value.shape[-2], 1), dim,
-            DTYPE_CODES[value.dtype], _activation(value), _activation(minus), _activation(other),
-            _activation(other_minus), lam, scale, normalize,
-            threads_for(count * dim * (value.element_size() + out_item)),
-        )
+            *_described(out, offset, index, operands), (lam, scale, normalize), rows,
+            threads_for(len(index) * row_bytes),
+        )  # fmt: skip
         if wrong >= 0:
             raise _out_of_range(wrong, index, rows)
 
@@ -279,25 +298,18 @@ if (_capture_rows_pinned := cuda_kernel("capture_rows_pinned")) is not None:
         """On a side stream: the model's next layer runs while the rows cross the bus."""
         device = value.device
         index = index.to(device, non_blocking=True).contiguous()
-        value = rows_contiguous(value)
-        minus, other, other_minus = (
-            None if x is None else rows_contiguous(x) for x in (minus, other, other_minus)
-        )
+        operands = _operands(value, minus, other, other_minus)
         side = _side_streams.setdefault(device, torch.cuda.Stream(device))
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device):
             try:
                 _capture_rows_pinned(
-                    out.data_ptr() + offset * out.stride(0) * out.element_size(),
-                    DTYPE_CODES[out.dtype], out.stride(0), index.data_ptr(), index.shape[0],
-                    value.shape[:-1].numel(), max(value.shape[-2], 1), value.shape[-1],
-                    DTYPE_CODES[value.dtype], _activation(value), _activation(minus),
-                    _activation(other), _activation(other_minus), lam, scale, normalize,
-                    side.cuda_stream,
-                )
+                    *_described(out, offset, index, operands), (lam, scale, normalize),
+                    value.shape[:-1].numel(), side.cuda_stream,
+                )  # fmt: skip
             except RuntimeError as error:
                 raise BackendError(f"capture_rows on {device}: {error}") from error
-        for x in (index, value, minus, other, other_minus):
+        for x in (index, *operands):
             if x is not None:
                 x.record_stream(side)
 

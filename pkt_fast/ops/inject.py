@@ -270,6 +270,19 @@ def _described(
     )
 
 
+def _matrices(
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    scales: Sequence[float],
+    transposed: Sequence[bool],
+    backups: Sequence[Tensor],
+) -> list[tuple[Any, ...]]:
+    """Every ``pkt::Matrix`` of a call."""
+    kept: Sequence[Tensor | None] = backups or [None] * len(weights)
+    return list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
+
+
 if (_native_inject := native_kernel("inject")) is not None:
 
     @implementation("inject_", "native", supports=_native_takes)
@@ -283,9 +296,8 @@ if (_native_inject := native_kernel("inject")) is not None:
         seed: int | None,
     ) -> Tensor:
         unchanged = torch.zeros(len(weights), dtype=torch.int64)
-        kept: Sequence[Tensor | None] = backups or [None] * len(weights)
-        matrices = list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
-        moved = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+        matrices = _matrices(weights, lora_a, lora_b, scales, transposed, backups)
+        moved = 2 * sum(weight.nbytes for weight in weights)
         _native_inject(matrices, unchanged.data_ptr(), seed, threads_for(moved))
         return unchanged
 
@@ -304,8 +316,7 @@ if (_cuda_inject := cuda_kernel("inject_cuda")) is not None:
     ) -> Tensor:
         device = weights[0].device
         unchanged = torch.zeros(len(weights), dtype=torch.int64, device=device)
-        kept: Sequence[Tensor | None] = backups or [None] * len(weights)
-        matrices = list(map(_described, weights, lora_a, lora_b, scales, transposed, kept))
+        matrices = _matrices(weights, lora_a, lora_b, scales, transposed, backups)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             try:
