@@ -315,6 +315,44 @@ def linear_kl(sizes: Sizes, device: torch.device) -> Case:
     )
 
 
+def relation(sizes: Sizes, device: torch.device) -> Case:
+    length = max(2, min(128, sizes.wide_rows // 4))
+    count, width = sizes.wide_rows // length, sizes.target
+    x = torch.randn(count * length, width, device=device)
+    y = torch.randn_like(x)
+    starts = torch.arange(count + 1, device=device) * length
+
+    def agreement(inner: Tensor, norm_x: Tensor, norm_y: Tensor) -> Tensor:
+        return (inner / (norm_x * norm_y)).sum()
+
+    def expression(x: Tensor) -> Tensor:
+        terms = map(reference.relation_terms, x.split(length), y.split(length))
+        return agreement(*map(torch.stack, zip(*terms, strict=True)))
+
+    def products(multiply: Callable[[Tensor, Tensor], Tensor]) -> Call:
+        def run() -> None:
+            for a, b in zip(x.split(length), y.split(length), strict=True):
+                gram_x, gram_y = multiply(a, a.T), multiply(b, b.T)
+                multiply(gram_x, a)
+                multiply(gram_y, a)
+
+        return run
+
+    ours = _with_gradient(lambda x: agreement(*ops.relation(x, y, starts)), x)
+    peer = _with_gradient(expression, x)
+    limits = {"four products a sequence": products(torch.mm)}
+    if device.type == "cpu" and choice().own:
+        limits["four products a sequence, own kernel"] = products(product)
+    return Case(
+        "relation",
+        f"forward + backward, {count} sequences of {length}×{width} float32",
+        ours,
+        {"torch expression": peer},
+        limits,
+        lambda: relative(ours(), peer()),
+    )
+
+
 # --------------------------------------------------------------------------- bytes
 
 
@@ -602,6 +640,7 @@ BUILDERS: dict[str, Callable[[Sizes, torch.device], Case]] = {
     "label cosine": label_cosine,
     "logit cosine": logit_cosine,
     "linear KL": linear_kl,
+    "relation": relation,
     "capture": capture_rows,
     "gradient × activation": gradient_activation,
     "inject": inject,
