@@ -63,6 +63,7 @@ _PROBE = "@@pkt-assistant-turn@@"
 _WINDOW_BATCHES = 50
 _MIXING = 0.02
 _MAX_PADDING = 0.10
+_TOKENISED_AT_ONCE = 256
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -864,9 +865,26 @@ def _tokenise(
     if not rendered:
         return
     prefix = prefix_ids(tokenizer)
-    texts = [item.text for item in rendered]
+    # The same numbers and spans come again in every row: one object for each saves most of the
+    # memory that examples take.
+    known: dict[Any, Any] = {}
+    for start in range(0, len(rendered), _TOKENISED_AT_ONCE):
+        yield from _tokenise_some(
+            rendered[start : start + _TOKENISED_AT_ONCE], tokenizer, prefix, known
+        )
+
+
+def _tokenise_some(
+    rendered: Sequence[_Rendered],
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: list[int],
+    known: dict[Any, Any],
+) -> Iterator[tuple[Example, int]]:
+    def shared(values: Iterable[Any]) -> tuple[Any, ...]:
+        return tuple(known.setdefault(value, value) for value in values)
+
     fast = bool(getattr(tokenizer, "is_fast", False))
-    encoded = tokenize(tokenizer, texts, offsets=fast)
+    encoded = tokenize(tokenizer, [item.text for item in rendered], offsets=fast)
     for i, item in enumerate(rendered):
         ids: list[int] = encoded["input_ids"][i]
         offsets: list[Span] | None = None
@@ -883,8 +901,8 @@ def _tokenise(
             head = len(prefix)
             ids, labels = prefix + ids, [IGNORE_INDEX] * head + labels
             offsets = None if offsets is None else [(0, 0)] * head + offsets
-        spans = None if offsets is None else tuple(offsets)
-        yield Example(tuple(ids), tuple(labels), item.row, item.text, spans), head
+        spans = None if offsets is None else shared(offsets)
+        yield Example(shared(ids), shared(labels), item.row, item.text, spans), head
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, offsets: bool) -> Any:

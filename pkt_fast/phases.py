@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ class AlignedPositions:
     @classmethod
     def same(cls, examples: ExampleSet) -> AlignedPositions:
         """Source and target tokenise alike: the supervised positions themselves."""
-        return cls(examples, [supervised_positions(example) for example in examples])
+        return cls(examples, [array("i", supervised_positions(example)) for example in examples])
 
     @classmethod
     def between(
@@ -123,7 +124,8 @@ class AlignedPositions:
     def across(cls, examples: ExampleSet, source_tokenizer: Any) -> AlignedPositions:
         """Source and target cut the same text differently: matched by characters read."""
         source = retokenized(examples, source_tokenizer)
-        return cls(source, list(map(answering_positions, examples, source)))
+        answers = map(answering_positions, examples, source)
+        return cls(source, [array("i", positions) for positions in answers])
 
 
 def supervised_positions(example: Example) -> list[int]:

@@ -28,10 +28,9 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ._files import atomic_file, write_json
+from ._files import write_json
 from .errors import OutputError, StoreError
 
 MANIFEST = "manifest.json"
@@ -83,7 +82,10 @@ class MemoryColumn(Column):
 
 
 class ShardedColumn(Column):
-    """Safetensors files of at most :data:`SHARD_BYTES`, memory-mapped on reading."""
+    """Safetensors files of at most :data:`SHARD_BYTES`, memory-mapped on reading.
+
+    Rows go to the open file as they come: none are kept in memory.
+    """
 
     def __init__(
         self, directory: Path, name: str, rows: int, width: int, dtype: torch.dtype
@@ -92,7 +94,7 @@ class ShardedColumn(Column):
         self.directory, self.name = directory, name
         self.shard_rows = max(1, SHARD_BYTES // max(1, width * dtype.itemsize))
         self.checksums: list[int] = []
-        self._pending = torch.empty(min(self.shard_rows, rows), width, dtype=dtype)
+        self._writer: _ShardWriter | None = None
         self._open: dict[int, Any] = {}
 
     def path(self, shard: int) -> Path:
@@ -103,20 +105,16 @@ class ShardedColumn(Column):
         values = values.cpu()
         done = 0
         while done < len(values):
-            at = (self.filled + done) % self.shard_rows
-            count = min(self.shard_rows - at, len(values) - done)
-            self._pending[at : at + count].copy_(values[done : done + count])
+            shard, at = divmod(self.filled + done, self.shard_rows)
+            size = min(self.shard_rows, self.rows - shard * self.shard_rows)
+            count = min(size - at, len(values) - done)
+            if self._writer is None:
+                self._writer = _ShardWriter(self.path(shard), size, self.width, self.dtype)
+            self._writer.write(values[done : done + count])
             done += count
-            if at + count == self.shard_rows or self.filled + done == self.rows:
-                self._flush(at + count)
-
-    def _flush(self, rows: int) -> None:
-        path = self.path(len(self.checksums))
-        with atomic_file(path) as temporary:
-            save_file({"rows": self._pending[:rows]}, temporary)
-            self.checksums.append(checksum(temporary))
-        if len(self.checksums) * self.shard_rows >= self.rows:
-            self._pending = torch.empty(0, self.width, dtype=self.dtype)
+            if at + count == size:
+                self.checksums.append(self._writer.close())
+                self._writer = None
 
     def read(self, start: int, stop: int) -> Tensor:
         parts = []
@@ -134,6 +132,50 @@ class ShardedColumn(Column):
             self._open[shard] = safe_open(self.path(shard), "pt")
         rows: Tensor = self._open[shard].get_slice("rows")[start:stop]
         return rows
+
+
+class _ShardWriter:
+    """A safetensors file of one tensor "rows" (rows, D), written piece by piece.
+
+    Raises :class:`OutputError` when it cannot be written.
+    """
+
+    def __init__(self, path: Path, rows: int, width: int, dtype: torch.dtype) -> None:
+        self.path, self.crc32 = path, 0
+        size = rows * width * dtype.itemsize
+        entry = {"dtype": _SAFETENSORS[dtype], "shape": [rows, width], "data_offsets": [0, size]}
+        header = json.dumps({"rows": entry}).encode()
+        header += b" " * (-len(header) % 8)  # so that the data is aligned
+        with self._named():
+            self._file = path.open("wb")
+        self._put(len(header).to_bytes(8, "little") + header)
+
+    def write(self, rows: Tensor) -> None:
+        """Add rows (n, D) of the file's dtype."""
+        self._put(rows.contiguous().view(torch.uint8).numpy().data.cast("B"))
+
+    def close(self) -> int:
+        """Finish the file; returns its CRC-32."""
+        with self._named():
+            self._file.close()
+        return self.crc32
+
+    def _put(self, data: bytes | memoryview) -> None:
+        with self._named():
+            self._file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+_SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+}
 
 
 def checksum(path: Path) -> int:
@@ -305,7 +347,6 @@ def _open_column(path: Path, name: str, entry: Mapping[str, Any]) -> ShardedColu
     column.shard_rows = entry["shard_rows"]
     column.checksums = list(entry["crc32"])
     column.filled = column.rows
-    column._pending = torch.empty(0, column.width, dtype=column.dtype)
     for shard, expected in enumerate(column.checksums):
         if checksum(column.path(shard)) != expected:
             raise StoreError(

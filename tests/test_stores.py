@@ -5,9 +5,10 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pkt_fast import stores
-from pkt_fast.errors import StoreError
+from pkt_fast.errors import OutputError, StoreError
 from pkt_fast.phases import StorePlace
 from pkt_fast.stores import (
     memory_store,
@@ -70,6 +71,28 @@ def written(tmp_path):
     with writing_directory_store(path, COUNTS, ORDER, COLUMNS, PRINT) as store:
         fill(store)
     return path
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
+def test_shards_are_plain_safetensors_files(tmp_path, dtype):
+    """Also for rows that lie apart in memory, written in pieces."""
+    values = torch.randn(7, 10).to(dtype)[:, ::2]
+    column = stores.ShardedColumn(tmp_path, "c", 7, 5, dtype)
+    column.shard_rows = 4
+    for piece in values.split([1, 5, 1]):
+        column.append(piece)
+    shards = [load_file(column.path(shard))["rows"] for shard in range(2)]
+    assert [len(shard) for shard in shards] == [4, 3]
+    assert torch.equal(torch.cat(shards), values)
+    assert column.checksums == [stores.checksum(column.path(shard)) for shard in range(2)]
+
+
+def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
+    column = stores.ShardedColumn(tmp_path / "gone", "c", 2, 3, torch.float32)
+    with pytest.raises(OutputError, match="cannot write"):
+        column.append(torch.zeros(2, 3))
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path):
