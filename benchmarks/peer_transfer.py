@@ -38,7 +38,7 @@ def transfer_plainly(
     from peft import LoraConfig, get_peft_model
 
     device = target.lm_head.weight.device
-    basis_s, basis_t = (_basis(model.lm_head.weight) for model in (source, target))
+    basis_s, basis_t = (_basis(model.lm_head.weight.float()) for model in (source, target))
     names = [name for name, _ in target.model.layers[pair.target].named_modules()]
     lora = LoraConfig(
         r=config.rank,
@@ -72,12 +72,12 @@ def transfer_plainly(
             mixed = hidden[0]
             if len(hidden) == 2:
                 mixed = (1 - pair.weight) * hidden[0] + pair.weight * hidden[1]
-            aligned = (F.normalize(mixed, dim=1) @ basis_s.T) @ basis_t
+            aligned = (F.normalize(mixed.float(), dim=1) @ basis_s.T) @ basis_t
             with _outputs([layer]) as ours:
                 top = target.model(**inputs, use_cache=False).last_hidden_state
-            logits = target.lm_head(top[keep])
+            logits = target.lm_head(top[keep]).float()
             labels = batch.targets[keep]
-            layer_loss = (1 - F.cosine_similarity(ours[0][keep], aligned, dim=1)).sum() / rows
+            layer_loss = (1 - F.cosine_similarity(ours[0][keep].float(), aligned)).sum() / rows
             picked = logits.gather(1, labels[:, None])[:, 0]
             output_loss = (1 - picked / logits.norm(dim=1)).sum() / rows
             (layer_loss + output_loss).backward()

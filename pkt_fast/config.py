@@ -143,7 +143,9 @@ class TransferConfig:
     limit: int | None = _setting(None, "use the first so many rows")
     bucket: bool = _setting(True, "batch examples of like length")
     # running
-    dtype: str = _setting("auto", "dtype of both models: " + ", ".join(DTYPES))
+    dtype: str = _setting(
+        "auto", "dtype to load models in (objects keep theirs): " + ", ".join(DTYPES)
+    )
     device: str = _setting("auto", "'auto', 'cpu', 'cuda', 'cuda:0', ...")
     seed: int = _setting(0, "seed of adapter initialisation and batch order")
     backend: str = _setting("auto", "implementation of the ops: " + ", ".join(BACKENDS))

@@ -190,6 +190,20 @@ class ExampleSet(Sequence[Example]):
         return digest.hexdigest()
 
 
+def moved(
+    tensor: torch.Tensor, device: torch.device | str, non_blocking: bool = False
+) -> torch.Tensor:
+    """``tensor`` on ``device``.
+
+    With ``non_blocking`` a copy from host memory to a GPU does not wait: it goes through pinned
+    memory, because from any other the driver copies while the caller stands.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if non_blocking and on_gpu and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=non_blocking)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Padded examples, ready for a model.
@@ -241,10 +255,12 @@ class Batch:
         return inputs
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Return the batch with its tensors on ``device``."""
+        """Return the batch with its tensors on ``device``; see :func:`moved` for non_blocking."""
         names = ("input_ids", "attention_mask", "labels", "position_ids")
-        moved = {n: getattr(self, n).to(device, non_blocking=non_blocking) for n in names}
-        return replace(self, **moved)
+        tensors: dict[str, Any] = {
+            name: moved(getattr(self, name), device, non_blocking) for name in names
+        }
+        return replace(self, **tensors)
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

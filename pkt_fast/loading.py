@@ -49,6 +49,19 @@ def _cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
+def check_dtype(model: nn.Module, dtype: str, role: str) -> None:
+    """Raise :class:`ConfigError` when ``dtype`` asks for another one than ``model`` has.
+
+    A model given as an object is used as it is: converting it would change the caller's.
+    """
+    own = Anatomy.of(model).head.weight.dtype
+    if dtype != "auto" and own != getattr(torch, dtype):
+        raise ConfigError(
+            f"dtype={dtype!r}: the {role} was given as an object of {own}; convert it with "
+            f"model.to(torch.{dtype}), or leave dtype at 'auto'"
+        )
+
+
 def load_model(
     model: nn.Module | str | Path,
     *,

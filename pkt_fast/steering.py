@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy
 from .config import TransferConfig
-from .data import IGNORE_INDEX, Batch, ExampleSet, batch_indices, collate
+from .data import IGNORE_INDEX, Batch, ExampleSet, batch_indices, collate, moved
 from .errors import ModelError, NumericsError
 from .objectives import Rows, WeightedTerm
 from .phases import INPUT
@@ -156,9 +156,7 @@ class Loader:
         return self._move(hidden).to(self.dtype)
 
     def _move(self, tensor: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return moved(tensor, self.device, non_blocking=True)
 
 
 # --------------------------------------------------------------------------- the tail

@@ -25,6 +25,7 @@ from .delta import LayerDelta
 from .errors import ConfigError, ModelError
 from .lending import lent
 from .loading import (
+    check_dtype,
     check_token_ids,
     load_model,
     load_tokenizers,
@@ -222,10 +223,13 @@ class _Run:
             }
             source = load_model(src, role="source", **options)
             target = load_model(tgt, role="target", **options)
-            base = None
+            base: nn.Module | None = None
             if source_base is not None:
                 base = load_model(source_base, role="source_base", **options).eval()
                 _check_base(Anatomy.of(base), Anatomy.of(source))
+        for model, role in ((source, "source"), (target, "target"), (base, "source_base")):
+            if model is not None:
+                check_dtype(model, config.dtype, role)
         _check_unadapted(target)
         vocabulary = match_vocabularies(
             Anatomy.of(source).vocab_size, Anatomy.of(target).vocab_size, *tokenizers

@@ -23,6 +23,7 @@ from pkt_fast.data import (
     batches,
     collate,
     encode,
+    moved,
     padding_fraction,
     read_rows,
     render_prompt,
@@ -849,3 +850,13 @@ def test_padding_on_gsm8k(size, template):
     for seed in range(3):
         assert padding_fraction(batches(found, size, pad_token_id=2, seed=seed)) <= 0.10
     assert padding_fraction(batches(found, size, pad_token_id=2, seed=0, bucket=False)) > 0.25
+
+
+def test_copies_to_a_gpu_that_do_not_wait_go_through_pinned_memory(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: done.append("pin") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: done.append(k) or self)
+    moved(torch.ones(2), torch.device("cuda"), non_blocking=True)
+    moved(torch.ones(2), "cuda")
+    moved(torch.ones(2), "cpu", non_blocking=True)
+    assert done == ["pin", {"non_blocking": True}, {"non_blocking": False}, {"non_blocking": True}]

@@ -411,3 +411,21 @@ def test_nothing_to_adapt_is_found_before_the_data_is_passed(monkeypatch):
     monkeypatch.setattr(TRANSFER, "run_source", None)
     with pytest.raises(ConfigError, match=r"target_modules \['nope'\]"):
         transfer(*pair(), layers=[1], target_modules=["nope"])
+
+
+def test_a_dtype_that_an_object_has_not_is_refused():
+    source, target = pair()
+    with pytest.raises(ConfigError, match=r"the source was given as an object of torch.float32"):
+        transfer(source, target, dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"the target .* model.to\(torch.bfloat16\)"):
+        transfer(source.bfloat16(), target, dtype="bfloat16")
+
+
+def test_bfloat16_models_transfer_like_float32_ones():
+    """Losses within bfloat16's precision, and falling."""
+    options = {"epochs": 4, "layers": [2], "learning_rate": 1e-2}
+    exact = transfer(*pair(), dtype="float32", **options).history
+    half = transfer(*(m.bfloat16() for m in pair()), dtype="bfloat16", **options).history
+    for name in ("layer_loss", "output_loss"):
+        assert half[0][name] == pytest.approx(exact[0][name], rel=0.02)
+    assert half[-1]["layer_loss"] < half[0]["layer_loss"]
