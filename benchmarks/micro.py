@@ -572,10 +572,34 @@ def model_capture(sizes: Sizes, device: torch.device) -> Case:
         f"{sizes.model_layers} layers × {sizes.model_width}, {mask.numel():,} tokens, half kept, "
         "float32",
         ours,
-        {"output_hidden_states=True": whole, "the same without the head": headless},
+        {
+            "output_hidden_states=True": whole,
+            "the same without the head": headless,
+            "nnsight": _nnsight_capture(model, batch, layers),
+        },
         {"forward without capture": lambda: _plain_forward(model.model, batch)},
         lambda: relative(torch.stack(ours()), torch.stack(whole())),
     )
+
+
+def _nnsight_capture(model: Any, batch: Batch, layers: range) -> Call | Missing:
+    """The supervised rows of every layer's output, by an nnsight trace."""
+    if importlib.util.find_spec("nnsight") is None:
+        return Missing("pip install nnsight")
+    from nnsight import NNsight
+
+    traced, mask, inputs = NNsight(model), batch.supervised, batch.model_inputs()
+
+    @torch.no_grad()
+    def run() -> list[Tensor]:
+        with traced.model.trace(**inputs, use_cache=False):
+            kept = []
+            for layer in layers:
+                kept.append(traced.model.layers[layer].output[mask])
+            kept.save()
+        return kept
+
+    return run
 
 
 def _plain_forward(part: Any, batch: Batch) -> None:

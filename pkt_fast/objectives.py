@@ -17,8 +17,10 @@ from .anatomy import HeadTransform
 from .chunked import chunked_rows
 from .config import TransferConfig
 from .errors import ConfigError
+from .heads import row_blocks
 from .losses import label_cosine_rows, statistics_of
-from .ops import linear_kl, relation, row_cosine
+from .ops import align_rows, linear_kl, relation, row_cosine
+from .ops._gemm import add_product
 from .phases import HEAD, layer_column
 from .semantics import SemanticBasis
 from .vocabulary import SharedVocabulary
@@ -258,18 +260,29 @@ def logit_cosine_term(target: FrozenHead, source: FrozenHead) -> Term:
         raise ConfigError(
             "output_loss='logit_cosine' needs heads without bias and softcap; use 'kl'"
         )
-    cross = (source.weight.double().T @ target.weight.double()).to(_work(target.weight))
+    cross = _streamed_product(target.weight, source.weight).to(_work(target.weight))
     root_t = SemanticBasis.from_weight(target.weight).factor.to(cross.dtype)
     root_s = SemanticBasis.from_weight(source.weight).factor.to(cross.dtype)
 
     def term(rows: Rows) -> Tensor:
         hidden = _head_rows(rows).to(cross.dtype)
         wanted = rows.supervision[HEAD].to(cross.dtype)
-        inner = (hidden * (wanted @ cross)).sum(-1)
-        norms = (hidden @ root_t.T).norm(dim=-1) * (wanted @ root_s.T).norm(dim=-1)
+        inner = (hidden * align_rows(wanted, cross, False)).sum(-1)
+        length_t = align_rows(hidden, root_t, False).norm(dim=-1)
+        norms = length_t * align_rows(wanted, root_s, False).norm(dim=-1)
         return 1 - inner / norms.clamp_min(torch.finfo(cross.dtype).tiny)
 
     return term
+
+
+def _streamed_product(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ·right (D_l, D_r) in float64 for heads (V, D_l) and (V, D_r), streamed over V."""
+    total = torch.zeros(
+        left.shape[1], right.shape[1], dtype=torch.float64, device=left.device
+    )
+    for rows in row_blocks(len(left)):
+        add_product(total, left[rows].double().T, right[rows].double())
+    return total
 
 
 def _work(tensor: Tensor) -> torch.dtype:
