@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Case, measure
-from benchmarks.micro import FULL, Sizes, align, inject, label_cosine
+from benchmarks.micro import BUILDERS, FULL, Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = replace(FULL, source=256, target=128, tokens=1024, vocabulary=32000, seconds=0.4)
@@ -57,12 +57,15 @@ def _grid(base: Sizes, small: bool) -> Iterator[tuple[str, int, str, Sizes]]:
         )
     for rows in (64, 128) if small else (1024, 2048, 4096):
         yield "width", rows, "inject", replace(base, inject=(rows, rows * 11 // 4))
+    for width in (32, 64) if small else (1024, 2048, 4096, 5120):
+        yield "width", width, "capture", replace(
+            base, width=width, wide_rows=64 if small else 2048
+        )
 
 
 def _point(curve: str, x: int, name: str, sizes: Sizes, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    builder = {"align": align, "label cosine": label_cosine, "inject": inject}[name]
-    case = builder(sizes, torch.device(device))
+    case = BUILDERS[name](sizes, torch.device(device))
     case.seconds, case.error = sizes.seconds, None
     first = next(iter(case.peers))
     case.peers = {first: case.peers[first]}
@@ -127,18 +130,21 @@ def plot(measured: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(keys), figsize=(3.2 * len(keys), 6), squeeze=False)
     for column, (curve, name) in enumerate(keys):
         chosen = [p for p in measured if (p["curve"], p["name"]) == (curve, name)]
-        for row, unit in enumerate(("s", "bytes")):
+        for row, (unit, scale) in enumerate((("s", 1), ("bytes", 2**20))):
             axis = axes[row][column]
             for side, label in (("ours", "pkt_fast"), ("peer", chosen[0]["peer"])):
                 values = [(p["x"], p[f"{side}_{unit}"]) for p in chosen]
-                values = [(x, y) for x, y in values if y]
+                values = [(x, y / scale) for x, y in values if y]
                 if values:
                     axis.plot(*zip(*values, strict=True), marker="o", label=label)
             if curve == "examples":  # meant to be flat: a logarithm would hide that
-                axis.set(xlabel=curve, ylim=(0, 1.2 * max(p["ours_bytes"] or 1 for p in chosen)))
+                axis.set(xlabel=curve)
+                axis.set_ylim(bottom=0)
+            elif curve == "threads":
+                axis.set(yscale="log", xlabel=curve, xticks=[p["x"] for p in chosen])
             else:
                 axis.set(xscale="log", yscale="log", xlabel=curve)
-            axis.set_title(f"{name}: {'seconds' if unit == 's' else 'peak bytes'}", fontsize=8)
+            axis.set_title(f"{name}: {'seconds' if unit == 's' else 'peak MiB'}", fontsize=8)
             axis.tick_params(labelsize=6, which="both")
             axis.set_visible(bool(axis.lines))
             if axis.lines:
