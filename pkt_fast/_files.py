@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .errors import OutputError
+from .errors import OutputError, PktFastError
 
 # What pkt_fast writes into output directories; nothing else is ever removed from one.
 RESULT_FILES = frozenset(
@@ -212,3 +212,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` as JSON to ``path`` through a temporary name in the same directory."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_object(path: Path, role: str, error_type: type[PktFastError]) -> dict[str, Any]:
+    """The JSON object in a file; otherwise raises ``error_type``, with ``role`` before the path."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError) as error:
+        raise error_type(f"{role}{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise error_type(f"{role}{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise error_type(f"{role}{path} holds a {type(value).__name__}; give an object")
+    return value

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ._files import local
+from ._files import local, read_object
 from .errors import ConfigError
 
 METHODS = ("semalign", "sft", "kd", "hidden_kd", "seeking", "laten")
@@ -355,10 +354,4 @@ def _mapping(config: Any) -> dict[str, Any]:
     path = local(config)
     if not path.is_file():
         raise ConfigError(f"config file {path} does not exist")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"config file {path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"config file {path} holds a {type(value).__name__}; give an object")
-    return value
+    return read_object(path, "config file ", ConfigError)

@@ -7,7 +7,6 @@ brings back the exact bits.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import weakref
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ._files import atomic_directory, local, write_json
+from ._files import atomic_directory, local, read_object, write_json
 from .errors import DeltaError
 from .ops import inject_
 
@@ -112,12 +111,7 @@ class LayerDelta:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DeltaError(f"{path.parent} is not an adapter directory: no {path.name}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DeltaError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DeltaError(f"{path} holds a {type(config).__name__}, not an object")
+    config = read_object(path, "", DeltaError)
     if config.get("peft_type") != "LORA":
         raise DeltaError(
             f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is supported"
