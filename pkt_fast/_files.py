@@ -49,6 +49,8 @@ def check_output_dir(path: str | os.PathLike[str], overwrite: bool) -> Path:
     Raises :class:`OutputError` when the path is empty or a file, is not empty without
     ``overwrite``, holds anything that pkt_fast did not write, or is not writable.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise OutputError(f"the output directory is {path!r}; give a path")
     if not os.fspath(path):
         raise OutputError("the output directory has an empty name; give a directory")
     directory = local(path)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .anatomy import Anatomy, Tap
 from .data import IGNORE_INDEX, Batch
 from .errors import ConfigError, DataError, NumericsError
-from .lending import frozen
+from .lending import differentiable, frozen
 from .ops import grad_x_act
 from .ops.linear import own_products
 
@@ -87,7 +87,7 @@ def _scaled_products(
 ) -> tuple[Tensor, Tensor]:
     """The sums for a loss times ``scale``: one forward and one backward pass."""
     anatomy = Anatomy.of(model)
-    with own_products(), _inference_with_graph(model), torch.enable_grad():
+    with own_products(), differentiable(), _inference_with_graph(model):
         with _tapped(anatomy, interface) as tapped, anatomy.bypass_head() as head_input:
             model(**batch.model_inputs(), use_cache=False)
         loss = _summed_mean_losses(anatomy, head_input.hidden, batch)

@@ -160,6 +160,7 @@ def _evaluate(commands: Any) -> None:
     parser.add_argument("--delta", metavar="DIR", help="LoRA adapter to inject first")
     _add_data(parser, "rows to evaluate on")
     parser.add_argument("--tasks", metavar="A,B", help="lm-eval tasks instead (extra [eval])")
+    parser.add_argument("--task-dir", metavar="DIR", help="YAML files of more lm-eval tasks")
     parser.add_argument("--batch-size", type=int, default=16, help="rows at a time (default: 16)")
     _add_generation(parser, 256)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -198,6 +198,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     config = TransferConfig.make(**settings_of(args))
     if args.tasks is not None and args.data is not None:
         raise ConfigError("give --data or --tasks, not both")
+    if args.task_dir is not None and args.tasks is None:
+        raise ConfigError("--task-dir goes with --tasks, which names what to run")
     tokenizer = _tokenizer(args.model, "model", config)
     delta = None if args.delta is None else LayerDelta.load(args.delta)
     model = _load(args.model, "model", config)
@@ -205,7 +207,12 @@ def _evaluate(args: argparse.Namespace) -> None:
         tasks = [task.strip() for task in args.tasks.split(",")]
         with injected(model, delta):
             scores: Mapping[str, Any] = evaluate_tasks(
-                model, tokenizer, tasks, batch_size=args.batch_size, limit=config.limit
+                model,
+                tokenizer,
+                tasks,
+                batch_size=args.batch_size,
+                limit=config.limit,
+                task_dir=args.task_dir,
             )
         rows = {f"{task} {name}": v for task, found in scores.items() for name, v in found.items()}
     else:

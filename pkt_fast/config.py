@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,15 @@ class TransferConfig:
         for name, allowed in _CHOICES.items():
             _one_of(name, getattr(self, name), allowed)
         for name, (kind, test, wanted) in _RANGES.items():
-            _within(name, getattr(self, name), kind, test, wanted)
+            value = _plain(getattr(self, name))
+            _within(name, value, kind, test, wanted)
+            object.__setattr__(self, name, value)
+        if self.limit is not None:
+            object.__setattr__(self, "limit", _plain(self.limit))
+            _within("limit", self.limit, *_at_least(int, 1))
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         object.__setattr__(self, "layers", _layers(self.layers))
         object.__setattr__(self, "target_modules", _names(self.target_modules))
         if self.objective == "none" and self.output_loss == "none" and not self.label_weight:
@@ -264,6 +273,7 @@ def _article(kind: type) -> str:
     return "an integer" if kind is int else "a number"
 
 
+_SEED: _Range = (int, lambda value: 0 <= value < 2**63, "an integer from 0 up to 2**63 - 1")
 _FRACTION: _Range = (float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
 _POSITIVE: _Range = (float, lambda value: value > 0, "a number above 0")
 
@@ -292,10 +302,24 @@ _RANGES: dict[str, _Range] = {
     "alpha": _POSITIVE,
     "dropout": _FRACTION,
     "max_length": _at_least(int, 2),
-    "seed": _at_least(int, 0),
+    "seed": _SEED,
     "store_budget_gb": _POSITIVE,
     "log_every": _at_least(int, 1),
 }
+
+
+_SWITCHES = (
+    "warm_start", "gradient_checkpointing", "compile", "bucket", "overwrite", "trust_remote_code",
+)  # fmt: skip
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's own; anything else as it is."""
+    if isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -314,9 +338,12 @@ def _within(name: str, value: Any, kind: type, test: Callable[[Any], bool], want
 def _layers(value: Any) -> tuple[int, ...] | str | None:
     if value is None or value == "all":
         return value  # type: ignore[no-any-return]
+    value = _plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
-    valid = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = [_plain(layer) for layer in value]
+    valid = isinstance(value, list) and len(value) > 0
     if not valid or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value):
         raise ConfigError(f"layers={value!r}: give 0-based target layers such as [3, 5], or 'all'")
     return tuple(sorted(set(value)))
@@ -351,7 +378,10 @@ def _mapping(config: Any) -> dict[str, Any]:
         }
     if isinstance(config, Mapping):
         return dict(config)
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"config={config!r}: give a TransferConfig, a mapping or a JSON file")
     path = local(config)
     if not path.is_file():
-        raise ConfigError(f"config file {path} does not exist")
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise ConfigError(f"config file {path} {what}")
     return read_object(path, "config file ", ConfigError)

@@ -364,6 +364,8 @@ def _parse_json(text: str, name: str, line: int | None = None) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(f"{name} line {line or 1}: JSON nested too deeply") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise DataError(f"{name} line {line or 1}: {error}") from error
 
 
 def _read_object(data: Any, limit: int | None) -> tuple[list[Any], Origin]:

@@ -220,6 +220,8 @@ def inject(
     """
     if not math.isfinite(scale):
         raise DeltaError(f"scale={scale!r}: give a finite number")
+    if stochastic_seed is not None and not 0 <= stochastic_seed < 2**63:
+        raise DeltaError(f"stochastic_seed={stochastic_seed!r}: give a number from 0 to 2**63 - 1")
     base = base_model(model)
     plans = [_plan(base, path, change) for path, change in delta.changes.items()]
     weights = [weight for weight, _, _ in plans]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from .errors import ModelError
+
 _MISSING = object()
+_claims = threading.Lock()
+_users: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _FLAGS = ("training", "_compiled_call_impl")
 _DICTS = (
     "_modules",  # PEFT replaces entries in place
@@ -54,7 +61,8 @@ class _State:
                 entries.clear()
                 entries.update(values[name])
         for parameter, flag in self.requires_grad:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
         if self.peft_config is _MISSING:
             self.model.__dict__.pop("peft_config", None)
 
@@ -66,12 +74,18 @@ def lent(*models: Any, kept: Any) -> Iterator[None]:
     ``kept`` keeps what was done to it, unless the block ends in an error.  Anything that is not a
     module (a path, None) is passed over.  A model that ``torch.compile`` wraps runs as it was
     before: compiled calls skip hooks that came later.
+
+    Raises :class:`~pkt_fast.errors.ModelError` for a model that another thread has lent, whose
+    hooks would mix with ours.
     """
-    states = {
-        id(model): _State.of(model)
-        for model in map(eager, (*models, kept))
-        if isinstance(model, nn.Module)
-    }
+    modules = [m for m in map(eager, (*models, kept)) if isinstance(m, nn.Module)]
+    with _claimed(modules), _restored(modules, kept):
+        yield
+
+
+@contextlib.contextmanager
+def _restored(models: Sequence[nn.Module], kept: Any) -> Iterator[None]:
+    states = {id(model): _State.of(model) for model in models}
     for state in states.values():
         for module, _ in state.modules:
             module._compiled_call_impl = None
@@ -87,6 +101,33 @@ def lent(*models: Any, kept: Any) -> Iterator[None]:
     if kept_state is not None:
         for module, values in kept_state.modules:
             module._compiled_call_impl = values["_compiled_call_impl"]
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Inside, autograd records, wherever the caller stands (no_grad, inference_mode)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _claimed(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Keep other threads from lending ``models``; the thread that has them may lend them again."""
+    thread = threading.get_ident()
+    with _claims:
+        new = {model for model in models if _users.get(model, thread) == thread}
+        if len(new) < len(set(models)):
+            raise ModelError(
+                "another thread uses one of the models right now: give every thread its own"
+            )
+        new = {model for model in new if model not in _users}
+        _users.update(dict.fromkeys(new, thread))
+    try:
+        yield
+    finally:
+        with _claims:
+            for model in new:
+                _users.pop(model, None)
 
 
 @contextlib.contextmanager

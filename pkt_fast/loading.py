@@ -25,7 +25,7 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
+        torch.zeros(1, device=resolved).item()  # meta has the device, but no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={device!r} cannot be used: {reason}") from error
@@ -75,6 +75,11 @@ def load_model(
     could not be loaded.
     """
     if isinstance(model, nn.Module):
+        if any(parameter.is_inference() for parameter in model.parameters()):
+            raise ModelError(
+                f"the {role} was made under torch.inference_mode(), and such weights cannot be "
+                "trained with: make it outside"
+            )
         return cast(nn.Module, eager(model))
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -140,6 +145,10 @@ def load_tokenizers(
             return load_tokenizer(model, role=role, **options)
         if isinstance(given, str | Path):
             return load_tokenizer(given, role=role, **options)
+        if not callable(given):
+            raise ConfigError(
+                f"tokenizer={given!r} of the {role}: give a tokenizer, or the path of one"
+            )
         return given
 
     return resolved(pair[0], src, "source"), resolved(pair[1], tgt, "target")

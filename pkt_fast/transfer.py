@@ -23,7 +23,7 @@ from .config import TransferConfig
 from .data import ExampleSet, encode
 from .delta import LayerDelta
 from .errors import ConfigError, ModelError
-from .lending import lent
+from .lending import differentiable, lent
 from .loading import (
     check_dtype,
     check_token_ids,
@@ -149,13 +149,16 @@ def transfer(
         progress: show progress bars when stderr is a terminal.
         **overrides: single fields of :class:`TransferConfig`.
 
+    Transfers may run in threads, each on models of its own; the random state and
+    :func:`pkt_fast.backend` are the process's, so only transfers that run alone repeat themselves.
+
     Raises:
         PktFastError: every refusal, with one line that says what is wrong and what to do.
     """
     settings = TransferConfig.make(config, preset, **overrides)
     if output_dir is not None:
         check_output_dir(output_dir, settings.overwrite)
-    with computing_as(settings), lent(src, source_base, kept=tgt):
+    with computing_as(settings), lent(src, source_base, kept=tgt), differentiable():
         run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
         result = run.transfer()
     if output_dir is not None:

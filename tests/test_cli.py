@@ -277,6 +277,18 @@ def test_demo_runs_on_the_bundled_pair(monkeypatch, tmp_path, capsys):
     assert LayerDelta.load(tmp_path / "demo").changes
 
 
+def test_demo_looks_at_its_settings_first(capsys, monkeypatch):
+    from pkt_fast.demo import run
+
+    monkeypatch.setattr(run, "load_pair", None)
+    assert "seed=-1" in refused(capsys, ["demo", "--seed", "-1"])
+
+
+def test_a_task_directory_needs_tasks(made, tmp_path, capsys):
+    argv = ["evaluate", "--model", made["target"], "--task-dir", tmp_path]
+    assert "--tasks" in refused(capsys, argv)
+
+
 def test_bench_needs_the_source_tree(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "pkt_fast" / "commands.py"))
     assert "source checkout" in refused(capsys, ["bench", "--quick"])

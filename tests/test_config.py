@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,11 @@ def test_every_field_has_a_description():
         ({"objective": "none", "output_loss": "none"}, "nothing to train on"),
         ({"preset": "worst"}, "preset='worst'"),
         ({"store": ""}, "store=''"),
+        ({"limit": 0}, "limit=0: give an integer of at least 1"),
+        ({"limit": "3"}, "limit='3'"),
+        ({"bucket": "no"}, "bucket='no': give True or False"),
+        ({"config": 3}, "config=3: give a TransferConfig"),
+        ({"seed": 2**63}, "from 0 up to 2**63 - 1"),
         ({"store": None}, "store=None"),
         ({"dtype": None}, "dtype='None'"),
     ],
@@ -69,9 +75,19 @@ def test_torch_and_pathlib_values_become_strings(tmp_path):
     json.dumps(config.as_dict())
 
 
+def test_numpy_numbers_become_pythons():
+    config = TransferConfig(
+        epochs=np.int64(2), learning_rate=np.float32(0.5), layers=[np.int32(1)], limit=np.int8(3)
+    )
+    assert (config.epochs, config.learning_rate, config.layers, config.limit) == (2, 0.5, (1,), 3)
+    json.dumps(config.as_dict())
+
+
 def test_bad_config_files(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         TransferConfig.make(tmp_path / "none.json")
+    with pytest.raises(ConfigError, match="is a directory"):
+        TransferConfig.make(tmp_path)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="not JSON"):
         TransferConfig.make(tmp_path / "bad.json")

@@ -603,6 +603,7 @@ def test_limit_reads_no_further(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"line 2: not UTF-8 \(byte 0xe9\)"),
         ("a.jsonl", '{"text": "\\ud800"}', "half a surrogate pair at character 0"),
         ("a.jsonl", "[" * 100_000, "nested too deeply|not valid JSON"),
+        ("a.jsonl", '"a"\n' + "9" * 5000, r"a\.jsonl line 2: Exceeds the limit"),
         ("a.csv", "a,b", r"unknown file type '\.csv'"),
         ("noextension", "a", "unknown file type ''"),
     ],

@@ -139,6 +139,15 @@ def test_a_scale_that_is_not_finite_changes_nothing(scale):
     assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_out_of_range_changes_nothing(seed):
+    model = tiny_model("llama", seed=3)
+    plain = logits(model)
+    with pytest.raises(DeltaError, match="stochastic_seed"):
+        inject(model, LayerDelta.from_peft(with_adapter()), stochastic_seed=seed)
+    assert torch.equal(logits(model), plain)
+
+
 def test_small_changes_vanish_in_bfloat16_unless_rounding_is_stochastic():
     delta = LayerDelta.from_peft(with_adapter(dtype=torch.bfloat16))
     plain = tiny_model("llama", seed=3).to(torch.bfloat16)

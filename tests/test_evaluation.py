@@ -1,6 +1,7 @@
 """Answers, greedy replies and scores, against the plainest way to compute each."""
 
 import importlib.util
+import json
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from pkt_fast.data import batches, encode
 from pkt_fast.delta import LayerDelta, LowRank, eject, inject
-from pkt_fast.errors import ConfigError, MissingExtraError, NumericsError
+from pkt_fast.errors import ConfigError, DataError, MissingExtraError, NumericsError
 from pkt_fast.evaluation import agreement, evaluate, generate_replies, matches
 from pkt_fast.evaluation.answers import answer_of, reference_reply
 from pkt_fast.evaluation.generation import prompt_ids
@@ -288,7 +289,6 @@ def supervised_logits(net, example, positions):
     return net(torch.tensor([example.input_ids])).logits[0, list(positions)].double()
 
 
-
 # --------------------------------------------------------------------------- lm-eval
 
 
@@ -303,3 +303,35 @@ def test_missing_lm_eval_names_the_extra(monkeypatch):
 def test_unknown_lm_eval_task():
     with pytest.raises(ConfigError, match="no such task"):
         evaluate_tasks(model(), TOKENIZER, ["no_such_task_at_all"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval not installed")
+def test_an_lm_eval_task_of_ones_own(tmp_path):
+    questions = [{"q": f"{a}+1=", "c": [str(a + 1), str(a + 2)]} for a in range(6)]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (tmp_path / "sums.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "sums.yaml").write_text(
+        f"""
+task: own_sums
+dataset_path: json
+dataset_kwargs:
+  data_files: {tmp_path / "sums.jsonl"}
+output_type: multiple_choice
+test_split: train
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: 0
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+""",
+        encoding="utf-8",
+    )
+    found = evaluate_tasks(model(), TOKENIZER, ["own_sums"], limit=4, task_dir=tmp_path)
+    assert found["own_sums"].keys() == {"acc", "acc_stderr"}
+    assert found["own_sums"]["acc"] in (0, 0.25, 0.5, 0.75, 1)
+    (tmp_path / "sums.jsonl").unlink()
+    with pytest.raises(DataError, match="cannot load the data of own_sums"):
+        evaluate_tasks(model(), TOKENIZER, ["own_sums"], task_dir=tmp_path)

@@ -15,6 +15,11 @@ def write(path, *, overwrite=False, name="report.json"):
         (temporary / name).write_text("x", encoding="utf-8")
 
 
+def test_what_is_no_path_is_refused():
+    with pytest.raises(OutputError, match="is 3; give a path"):
+        check_output_dir(3, overwrite=True)
+
+
 def test_an_empty_name_is_not_the_working_directory():
     with pytest.raises(OutputError, match="empty name"):
         check_output_dir("", overwrite=True)

@@ -1,6 +1,7 @@
 """Models given as objects come back as they were; what cannot be used is refused in one line."""
 
 import importlib
+import threading
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 import pkt_fast
 from pkt_fast.anatomy import Anatomy
-from pkt_fast.errors import ModelError, NumericsError
+from pkt_fast.errors import ConfigError, ModelError, NumericsError
 from pkt_fast.lending import lent
 from pkt_fast.loading import load_model
 from pkt_fast.maps import diagnose
@@ -170,3 +171,44 @@ def test_bad_data_is_found_before_any_model_is_loaded(tmp_path, monkeypatch):
 def test_what_is_not_a_model_is_passed_over():
     with lent("path", None, kept=None):
         pass
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_transfer_differentiates_wherever_it_is_called(mode):
+    expected = transfer(model(1), model(2)).history
+    source, target = model(1), model(2)
+    with mode():
+        assert transfer(source, target).history == expected
+
+
+def test_models_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        made = model(2)
+    with pytest.raises(ModelError, match=r"the target was made under torch\.inference_mode"):
+        transfer(model(1), made)
+
+
+def test_another_thread_cannot_use_a_lent_model():
+    shared, refusals = model(1), []
+
+    def use():
+        try:
+            transfer(shared, model(3))
+        except ModelError as error:
+            refusals.append(str(error))
+
+    with lent(shared, kept=None):
+        with lent(shared, kept=None):  # the same thread may
+            pass
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    assert len(refusals) == 1
+    assert "another thread" in refusals[0]
+    use()
+    assert len(refusals) == 1
+
+
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(ConfigError, match="tokenizer=3 of the source"):
+        pkt_fast.transfer(model(1), model(2), ROWS, tokenizer=3, progress=False)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import check_output_dir
+from ..config import TransferConfig
 from ..evaluation import Evaluation, evaluate
 from ..progress import Phases
 from ..transfer import TransferResult, transfer
@@ -42,8 +43,9 @@ def run_demo(
     ``output`` keeps the adapter and the report; ``settings`` are fields of
     :class:`~pkt_fast.TransferConfig` that hold for every run (seed, device, ...).
     """
+    overwrite = TransferConfig.make(**settings).overwrite
     if output is not None:
-        check_output_dir(output, bool(settings.get("overwrite")))
+        check_output_dir(output, overwrite)
     source, target, tokenizer = load_pair()
     rows, problems = bundled_rows("train")[:TRAINING_ROWS], bundled_rows("test")
 
@@ -74,7 +76,7 @@ def run_demo(
         scores[f"target after {name}"] = score(name, trained(method=method, **same_layer).model)
     _show(out, result, scores)
     if output is not None:
-        result.save(output, overwrite=bool(settings.get("overwrite")))
+        result.save(output, overwrite=overwrite)
         out.print(f"The adapter and its report are in {output}", markup=False)
     out.print("Next: pkt-fast transfer --source A --target B --data train.jsonl --output out/")
     return Demo(result, scores)
