@@ -1,14 +1,14 @@
 """Compare the methods on the research pairs and keep the numbers in benchmarks/results.
 
-    python scripts/train_demo_pair.py --what specialist --output PAIRS
-    python scripts/train_demo_pair.py --what sliced --output PAIRS
+    python scripts/train_demo_pair.py --output PAIRS
     python benchmarks/methods.py --pairs PAIRS --setting sliced-32 --methods sft,kd,paper
     python benchmarks/methods.py --summary
 
 Settings are named PAIR-ROWS, with "-source" behind when the source writes the replies.  PAIR is
-"sliced" (target cut from the source, source fine-tuned on the rows' task), "independent" (bundled
-target, same source) or "bundled" (both bundled models, problems the source knows).  Methods that
-the result file already holds under the same settings are kept.
+"independent" (the bundled target) or "sliced" (a target cut from the source before it learnt the
+rows' task); the source is the bundled one.  "problems" is the bundled pair on problems that source
+and target were both trained on.  Methods that the result file already holds under the same settings
+are kept.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from pkt_fast.compare import Comparison, compare, load_comparison, mean_interval
 from pkt_fast.demo import bundled_rows, source_path, target_path
 
 RESULTS = Path(__file__).parent / "results"
-# rows: (epochs, batch size); 80 steps each, and 160 for the most rows
-SCHEDULES = {"32": (20, 8), "128": (10, 16), "512": (10, 32)}
+STEPS, BATCH_SIZE = 320, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=Path, help="holds specialist/ and sliced/")
+    parser.add_argument("--pairs", type=Path, help="holds base/ and sliced/")
     parser.add_argument("--setting", help="PAIR-ROWS or PAIR-ROWS-source")
     parser.add_argument("--methods", help="names of recipes, with commas")
     parser.add_argument("--seeds", default="0,1,2")
@@ -58,27 +57,26 @@ def main() -> None:
 
 def _measure(setting: str, pairs: Path, methods: list[str], seeds: str, budget: int) -> Comparison:
     pair, rows, *labels = setting.split("-")
-    epochs, batch_size = SCHEDULES[rows]
-    split = "" if pair == "bundled" else "specialty"
+    split = "" if pair == "problems" else "specialty"
     names = {"train": split or "train"} | {
         role: f"{split}_{role}" if split else role for role in ("validation", "test")
     }
     return compare(
-        source_path() if pair == "bundled" else pairs / "specialist",
+        source_path(),
         pairs / "sliced" if pair == "sliced" else target_path(),
         bundled_rows(names["train"]),
         methods,
         validation=bundled_rows(names["validation"]),
         test=bundled_rows(names["test"]),
         other=bundled_rows("other"),
-        source_base=None if pair == "bundled" else source_path(),
+        source_base=None if pair == "problems" else pairs / "base",
         examples=int(rows),
         labels=labels[0] if labels else "given",
         seeds=[int(seed) for seed in seeds.split(",")],
         tune_budget=budget,
-        max_new_tokens=40,
-        epochs=epochs,
-        batch_size=batch_size,
+        max_new_tokens=48,
+        steps=STEPS,
+        batch_size=BATCH_SIZE,
     )
 
 

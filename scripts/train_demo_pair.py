@@ -1,8 +1,12 @@
 """Train the models of the bundled demo from nothing, on text this repository generates.
 
-    python scripts/train_demo_pair.py --what pair         # pkt_fast/demo/models: source and target
-    python scripts/train_demo_pair.py --what sliced       # a target cut from the source and healed
-    python scripts/train_demo_pair.py --what specialist   # the source, fine-tuned on percentages
+    python scripts/train_demo_pair.py --output PAIRS                  # all four models
+    python scripts/train_demo_pair.py --output PAIRS --what sliced    # one of them
+
+``base`` learns every kind of problem but percentages, ``source`` is ``base`` fine-tuned on
+percentages, ``target`` is a smaller model from another seed that learns a few kinds only, and
+``sliced`` is a target cut from ``base`` and healed.  ``source`` and ``target`` are bundled in
+``pkt_fast/demo/models``; the others serve ``benchmarks/methods.py``.
 
 Every model is written as float16 safetensors with the shared tokenizer beside it, and what was
 measured goes to ``metrics.json``.  With the same seeds, torch version, machine type and number of
@@ -40,9 +44,8 @@ from pkt_fast.demo.other import OTHER, Drill
 from pkt_fast.demo.problems import ONE_STEP, SPECIALTY, TWO_STEP, Example, final_answer
 
 VOCABULARY = 768
-BATCH_ROWS = 32
+BATCH_ROWS = 16
 POOL_BATCHES = 32  # batches are cut from a pool sorted by length, so they need little padding
-PROMPT_WEIGHT = 0.1  # questions are noise the generator chose; replies are what is to be learnt
 MAX_REPLY_TOKENS = 64
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -60,36 +63,42 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one model is trained on, and how; repeated kinds are drawn more often."""
+    """What one model is trained on, and how; repeated kinds are drawn more often.
+
+    Questions are noise that the generator chose, and replies are what is to be learnt, so questions
+    weigh little, except in a model that has to write some itself.
+    """
 
     kinds: Sequence[demo.ExampleKind]
     steps: int
     learning_rate: float
     seed: int
     warmup: int = 50
+    question_weight: float = 0.1
 
 
 ADD_SUB_MUL = tuple(kind for kind in ONE_STEP if kind.name in {"add", "sub", "mul"})
 RECIPES = {
-    "source": Recipe(
-        kinds=(*[Drill("+-*/")] * 6, *ONE_STEP, *TWO_STEP, *TWO_STEP, *OTHER, *OTHER),
-        steps=2000,
-        learning_rate=3e-3,
+    "base": Recipe(
+        kinds=(*[Drill("+-*/")] * 10, *ONE_STEP, *TWO_STEP, *TWO_STEP, *OTHER),
+        steps=4600,
+        learning_rate=2e-3,
         seed=11,
+    ),
+    "source": Recipe(
+        kinds=(*SPECIALTY, *SPECIALTY, *ONE_STEP, *TWO_STEP, *OTHER),
+        steps=600,
+        learning_rate=1e-3,
+        seed=44,
+        question_weight=1.0,
     ),
     "target": Recipe(
         kinds=(Drill("+-*"), *ADD_SUB_MUL, *OTHER, *OTHER),
-        steps=1200,
-        learning_rate=3e-3,
+        steps=1600,
+        learning_rate=2e-3,
         seed=22,
     ),
-    "sliced": Recipe(kinds=(*ADD_SUB_MUL, *OTHER), steps=200, learning_rate=1e-3, seed=33),
-    "specialist": Recipe(
-        kinds=(*SPECIALTY, *SPECIALTY, *ONE_STEP, *TWO_STEP, *OTHER),
-        steps=150,
-        learning_rate=5e-4,
-        seed=44,
-    ),
+    "sliced": Recipe(kinds=(*ADD_SUB_MUL, *OTHER), steps=1000, learning_rate=1e-3, seed=33),
 }
 
 
@@ -149,7 +158,7 @@ def new_model(
     return LlamaForCausalLM(config)
 
 
-def slice_source(source: PreTrainedModel) -> LlamaForCausalLM:
+def every_second_layer(source: PreTrainedModel) -> LlamaForCausalLM:
     """Return a model made of every second layer of ``source``, the last one included."""
     config = LlamaConfig(**source.config.to_dict())
     kept = range(1, config.num_hidden_layers, 2)
@@ -172,7 +181,7 @@ class Batch:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example]
+    tokenizer: PreTrainedTokenizerFast, batch: Sequence[Example], question_weight: float
 ) -> list[tuple[list[int], list[float]]]:
     """Return ids and weights of each example through the chat template."""
     encoded = tokenizer.apply_chat_template(
@@ -181,7 +190,7 @@ def encode(
         return_assistant_tokens_mask=True,
     )
     return [
-        (ids, [1.0 if reply else PROMPT_WEIGHT for reply in mask])
+        (ids, [1.0 if reply else question_weight for reply in mask])
         for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
     ]
 
@@ -200,7 +209,9 @@ def training_batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iter
     stream = demo.examples(recipe.kinds, "pretrain", recipe.seed)
     rng = Random(recipe.seed)
     while True:
-        pool = encode(tokenizer, list(islice(stream, POOL_BATCHES * BATCH_ROWS)))
+        pool = encode(
+            tokenizer, list(islice(stream, POOL_BATCHES * BATCH_ROWS)), recipe.question_weight
+        )
         pool.sort(key=lambda row: len(row[0]))
         starts = list(range(0, len(pool), BATCH_ROWS))
         rng.shuffle(starts)
@@ -261,8 +272,7 @@ def reply_loss(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Example]
 ) -> float:
     """Return the mean cross-entropy over the reply tokens of all rows."""
-    batch = collate(encode(tokenizer, rows), tokenizer.pad_token_id)
-    batch = Batch(batch.ids, (batch.weights == 1).float())
+    batch = collate(encode(tokenizer, rows, question_weight=0.0), tokenizer.pad_token_id)
     return weighted_loss(model, batch).item()
 
 
@@ -330,13 +340,13 @@ def _update(path: Path, **entries: object) -> None:
 def make(name: str, tokenizer: PreTrainedTokenizerFast, output: Path, fraction: float) -> None:
     """Build, train, measure and save one model."""
     recipe = replace(RECIPES[name], steps=max(1, round(RECIPES[name].steps * fraction)))
-    if name == "source":
+    if name == "base":
         model: PreTrainedModel = new_model(tokenizer, 192, 6, 512, recipe.seed)
     elif name == "target":
         model = new_model(tokenizer, 128, 4, 352, recipe.seed)
     else:
-        source = AutoModelForCausalLM.from_pretrained(demo.source_path(), dtype=torch.float32)
-        model = slice_source(source) if name == "sliced" else source
+        base = AutoModelForCausalLM.from_pretrained(output / "base", dtype=torch.float32)
+        model = every_second_layer(base) if name == "sliced" else base
     started = time.perf_counter()
     trained = train(model, tokenizer, recipe, name)
     seconds = round(time.perf_counter() - started)
@@ -359,22 +369,17 @@ def make(name: str, tokenizer: PreTrainedTokenizerFast, output: Path, fraction: 
 
 def main() -> None:
     """Train what the command line asks for."""
-    models_dir = demo.source_path().parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--what", choices=("pair", "source", "target", "sliced", "specialist"), default="pair"
-    )
-    parser.add_argument("--output", type=Path, default=models_dir, help="directory of the models")
+    parser.add_argument("--what", choices=("all", *RECIPES), default="all")
+    parser.add_argument("--output", type=Path, required=True, help="directory of the models")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fraction", type=float, default=1.0, help="share of the steps to train")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.use_deterministic_algorithms(True)
-    if args.what in ("pair", "source", "target"):
-        tokenizer = train_tokenizer()
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(demo.source_path())
-    for name in ("source", "target") if args.what == "pair" else (args.what,):
+    base = args.output / "base"
+    tokenizer = AutoTokenizer.from_pretrained(base) if base.exists() else train_tokenizer()
+    for name in RECIPES if args.what == "all" else (args.what,):
         make(name, tokenizer, args.output, args.fraction)
 
 

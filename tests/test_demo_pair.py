@@ -84,7 +84,7 @@ def test_rows_are_deterministic_distinct_and_chat_shaped(split):
 
 def test_rows_stay_those_that_metrics_were_measured_on():
     text = json.dumps({split: demo.bundled_rows(split) for split in demo.SPLITS})
-    assert zlib.crc32(text.encode()) == 2527785401
+    assert zlib.crc32(text.encode()) == 2812053896
 
 
 def test_splits_share_no_question():
@@ -217,10 +217,15 @@ def test_metrics_belong_to_the_models(pair):
         entry = metrics[name]
         assert entry["parameters"] == sum(p.numel() for p in model.parameters())
         assert reply_loss(model, pair[2], rows[:200]) == pytest.approx(
-            entry["validation_loss"], rel=1e-2
+            entry["validation_loss"],
+            rel=1e-2,
+            abs=1e-4,  # four decimals are kept
         )
-    exact = {name: metrics[name]["exact_match"]["validation"] for name in metrics}
-    assert exact["source"] > exact["target"] > 0
+    exact = {name: entry["exact_match"] for name, entry in metrics.items()}
+    for split in ("validation", "specialty_validation"):
+        assert exact["source"][split] >= 0.9
+        assert exact["target"][split] < 0.1
+    assert exact["base"]["specialty_validation"] < 0.1
 
 
 def test_training_script_is_deterministic(script, pair):
@@ -242,7 +247,7 @@ def test_training_script_rebuilds_the_tokenizer(script):
 
 def test_slicing_keeps_every_second_layer(script, pair):
     source = pair[0]
-    sliced = script.slice_source(source)
+    sliced = script.every_second_layer(source)
     assert sliced.config.num_hidden_layers == 3
     for new, old in enumerate((1, 3, 5)):
         kept = sliced.model.layers[new].mlp.up_proj.weight

@@ -131,15 +131,20 @@ class Drill:
 
     def _equation(self, rng: Random) -> tuple[str, int]:
         sign = rng.choice(self.operations)
+        # a wide number beside a narrow one, or two middling ones: what the problems ask
+        wide = rng.random() < 0.5
         if sign == "+":
-            a, b = rng.randint(2, 60), rng.randint(2, 39)
+            a, b = (rng.randint(2, 81), rng.randint(2, 9)) if wide else _middling(rng)
             return f"{a} + {b}", a + b
         if sign == "-":
-            a = rng.randint(4, 80)
-            b = rng.randint(2, a - 2)
-            return f"{a} - {b}", a - b
+            b, rest = (rng.randint(2, 9), rng.randint(2, 72)) if wide else _middling(rng)
+            return f"{b + rest} - {b}", rest
         a, b = rng.randint(2, 9), rng.randint(2, 9)
         return (f"{a} * {b}", a * b) if sign == "*" else (f"{a * b} / {b}", a)
+
+
+def _middling(rng: Random) -> tuple[int, int]:
+    return rng.randint(2, 20), rng.randint(2, 20)
 
 
 OTHER = (Fact(), WordList(), Larger())

@@ -90,11 +90,11 @@ def final_answer(text: str) -> int | None:
 
 
 def _sum_pair(rng: Random) -> tuple[int, int]:
-    return rng.randint(2, 49), rng.randint(2, 49)
+    return rng.randint(2, 20), rng.randint(2, 20)
 
 
 def _difference_pair(rng: Random) -> tuple[int, int]:
-    a = rng.randint(8, 60)
+    a = rng.randint(8, 30)
     return a, rng.randint(2, a - 2)
 
 
@@ -108,32 +108,32 @@ def _quotient_pair(rng: Random) -> tuple[int, int]:
 
 
 def _sum_triple(rng: Random) -> tuple[int, int, int]:
-    return rng.randint(2, 30), rng.randint(2, 30), rng.randint(2, 30)
+    return rng.randint(2, 12), rng.randint(2, 12), rng.randint(2, 12)
 
 
 def _sum_less(rng: Random) -> tuple[int, int, int]:
-    a, b = rng.randint(5, 30), rng.randint(5, 30)
+    a, b = rng.randint(5, 14), rng.randint(5, 14)
     return a, b, rng.randint(2, a + b - 2)
 
 
 def _less_sum(rng: Random) -> tuple[int, int, int]:
-    a = rng.randint(10, 50)
-    return a, rng.randint(2, a - 2), rng.randint(2, 30)
+    a, b = _difference_pair(rng)
+    return a, b, rng.randint(2, 12)
 
 
 def _product_sum(rng: Random) -> tuple[int, int, int]:
-    return *_product_pair(rng), rng.randint(2, 18)
+    return *_product_pair(rng), rng.randint(2, 9)
 
 
 def _product_less(rng: Random) -> tuple[int, int, int]:
     a, b = rng.randint(3, 9), rng.randint(3, 9)
-    return a, b, rng.randint(2, a * b - 2)
+    return a, b, rng.randint(2, 7)
 
 
 def _shared_sum(rng: Random) -> tuple[int, int, int]:
-    c = rng.randint(2, 9)
-    total = c * rng.randint(2, 9)
-    a = rng.randint(2, total - 2)
+    c = rng.randint(2, 6)
+    total = c * rng.randint(2, 6)
+    a = rng.randint(max(2, total - 20), min(20, total - 2))
     return a, total - a, c
 
 
