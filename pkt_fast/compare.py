@@ -30,16 +30,18 @@ from .config import PRESETS, TransferConfig
 from .data import read_rows
 from .demo import bundled_rows
 from .errors import ConfigError
-from .evaluation import agreement, evaluate, generate_replies
+from .evaluation import agreement, evaluate
 from .loading import load_model, load_tokenizers, resolve_device, resolve_dtype
 from .progress import Phases
 from .report import machine, peak_memory, versions
 from .transfer import TransferResult, transfer
+from .writing import answer_rows, question_of, write_rows
 
 LABELS = ("given", "none", "source")
 LEARNING_RATES = (1e-3, 3e-3, 3e-4, 1e-2)
 _MIDDLE_RATES = (3e-3, 1e-3, 1e-2)  # with a weight to tune beside
 _WEIGHTS = (1.0, 0.3, 3.0)
+_SOURCE_ROWS = PRESETS["best"]["source_rows"]
 _ALIGN = {"layers": "all", "output_loss": "kl", "interface": "block", "objective": "squared"}
 
 # --------------------------------------------------------------------------- recipes
@@ -111,6 +113,8 @@ RECIPES: dict[str, Recipe] = {
             change=True,
             layer_weight=(1.0, 0.3, 5.0),
         ),
+        _recipe("sft+rows", {"method": "sft", "source_rows": _SOURCE_ROWS}),
+        _recipe("kd+rows", {"method": "kd", "source_rows": _SOURCE_ROWS}),
         *(_recipe(f"preset:{name}", settings) for name, settings in PRESETS.items()),
     )
 }
@@ -229,9 +233,9 @@ class Comparison:
         """One line on what was held equal."""
         s = self.settings
         return (
-            f"{s['examples']} rows, labels {s['labels']}, {s['epochs']} epochs, {s['budget']} "
-            f"trials a method, {len(s['seeds'])} seeds, {s['test_rows']} test rows; "
-            "mean ± 95 % interval"
+            f"{s['examples']} rows, labels {s['labels']}, {s['steps']} steps of "
+            f"{s['batch_size']}, {s['budget']} trials a method, {len(s['seeds'])} seeds, "
+            f"{s['test_rows']} test rows; mean ± 95 % interval"
         )
 
     def markdown(self) -> str:
@@ -273,8 +277,12 @@ _COLUMNS = (
     _Column("peak MiB", "peak_bytes", 0, 2**-20),
     _Column("parameters", "parameters", 0),
 )
-_SHORT = {"learning_rate": "lr", "layer_weight": "layer", "label_weight": "label",
-          "temperature": "temp."}
+_SHORT = {
+    "learning_rate": "lr",
+    "layer_weight": "layer",
+    "label_weight": "label",
+    "temperature": "temp.",
+}
 
 
 def _cell(value: tuple[float, float] | None, column: _Column) -> str:
@@ -349,7 +357,8 @@ def compare(
         overwrite: replace a non-empty output directory.
         progress: show progress bars when stderr is a terminal.
         **settings: fields of :class:`TransferConfig` shared by every recipe (epochs, ...); a
-            recipe's own settings and trials go first.
+            recipe's own settings and trials go first.  All train for as many steps as the epochs
+            make of the given rows, also on more rows that the source wrote.
 
     Raises:
         PktFastError: every refusal, before anything is trained.
@@ -369,19 +378,22 @@ def compare(
     )  # fmt: skip
     if labels == "source":
         arena.answer_by_source()
+    rows = min(len(arena.train_rows), examples or len(arena.train_rows))
+    shared = TransferConfig.make(settings)
+    steps = shared.steps or shared.epochs * math.ceil(rows / shared.batch_size)
+    arena.settings["steps"] = steps
     source, target = arena.score(arena.source), arena.score(arena.target)
     results = [
         arena.run(recipe, trials(recipe, tune_budget), seeds, examples, source, target)
         for recipe in chosen
     ]
-    shared = TransferConfig.make(settings)
     comparison = Comparison(
         settings={
-            "examples": len(arena.train_rows) if examples is None else examples,
+            "examples": rows,
             "labels": labels,
             "seeds": list(seeds),
             "budget": tune_budget,
-            "epochs": shared.epochs,
+            "steps": steps,
             "batch_size": shared.batch_size,
             "validation_rows": len(arena.validation_rows),
             "test_rows": len(arena.test_rows),
@@ -455,6 +467,7 @@ class _Arena:
     generate: bool
     max_new_tokens: int
     phases: Phases
+    written: dict[tuple[int, int], tuple[Rows, float]] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -500,13 +513,10 @@ class _Arena:
     def answer_by_source(self) -> None:
         """Replace the replies of the training rows by the source's own, greedy ones."""
         with self.phases.phase("source replies", len(self.train_rows)) as update:
-            replies = generate_replies(
+            self.train_rows = answer_rows(
                 self.source, self.train_rows, self.tokenizers[0],
                 max_new_tokens=self.max_new_tokens, advance=lambda done: update(done, ""),
             )  # fmt: skip
-        self.train_rows = [
-            with_reply(row, reply) for row, reply in zip(self.train_rows, replies, strict=True)
-        ]
 
     def run(
         self,
@@ -534,7 +544,7 @@ class _Arena:
                 with peak_resident() as peak:
                     started = time.perf_counter()
                     result = self._transfer(recipe, points[best], seed, examples)
-                    seconds = time.perf_counter() - started
+                    seconds = time.perf_counter() - started + self._writing_time(recipe, seed)
                 scores = self.score(result.model)
                 parameters = result.delta.num_parameters
                 self._restore(result)
@@ -551,9 +561,7 @@ class _Arena:
                     )
                 )
                 update(1, f"test {scores.next_token_loss:.4f}")
-        return MethodResult(
-            recipe.name, tried, points[best], tried[best]["validation_loss"], runs
-        )
+        return MethodResult(recipe.name, tried, points[best], tried[best]["validation_loss"], runs)
 
     def _transfer(
         self, recipe: Recipe, point: Mapping[str, Any], seed: int, examples: int | None
@@ -561,15 +569,37 @@ class _Arena:
         rows = self.train_rows
         if examples is not None and examples < len(rows):
             rows = Random(seed).sample(rows, examples)
+        config = {**self.settings, **recipe.settings, **point, "seed": seed}
+        count = config.pop("source_rows", 0)
+        if count:
+            rows = [*rows, *self._written_by_source(rows, count, seed)]
         return transfer(
             self.source,
             self.target,
             rows,
             tokenizer=self.tokenizers,
             progress=False,
-            config={**self.settings, **recipe.settings, **point, "seed": seed},
+            config=config,
             source_base=self.source_base if recipe.change else None,
         )
+
+    def _written_by_source(self, rows: Rows, count: int, seed: int) -> Rows:
+        """Rows that every recipe gets alike, none of them with a held-out question."""
+        if (seed, count) not in self.written:
+            started = time.perf_counter()
+            new = write_rows(
+                self.source, rows, self.tokenizers[0], count,
+                max_new_tokens=self.max_new_tokens, batch_size=64, seed=seed,
+            )  # fmt: skip
+            held_out = {question_of(row) for row in (*self.validation_rows, *self.test_rows)}
+            new = [row for row in new if question_of(row) not in held_out]
+            self.written[seed, count] = new, time.perf_counter() - started
+        return self.written[seed, count][0]
+
+    def _writing_time(self, recipe: Recipe, seed: int) -> float:
+        """Seconds that writing the recipe's rows took, whichever recipe came first."""
+        count = recipe.config(**self.settings).source_rows
+        return self.written[seed, count][1] if count else 0.0
 
     def _restore(self, result: TransferResult) -> None:
         """Take the adapter off; the target's own weights never changed."""
@@ -594,18 +624,6 @@ class _Arena:
             agrees.top1,
             forgot,
         )
-
-
-def with_reply(row: Mapping[str, Any], reply: str) -> dict[str, Any]:
-    """``row`` with another reply.  Raises :class:`ConfigError` for a row without one."""
-    if "messages" in row and row["messages"] and row["messages"][-1]["role"] == "assistant":
-        last = {**row["messages"][-1], "content": reply}
-        return {**row, "messages": [*row["messages"][:-1], last]}
-    if isinstance(row.get("completion"), str):
-        return {**row, "completion": reply}
-    raise ConfigError(
-        "labels='source' needs rows that end in a reply: messages, or prompt and completion"
-    )
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ OUTPUT_LOSSES = ("label_cosine", "cross_entropy", "kl", "logit_cosine", "none")
 RECOMPOSITIONS = ("frame", "dual", "logit", "softmax", "top_k", "threshold", "lens", "fitted")
 FITS = ("ridge", "procrustes")
 KL_KINDS = ("forward", "reverse", "jsd")
+LABELS = ("given", "source")
 SCHEDULES = ("joint", "frontier")
 SOLVERS = ("adamw", "ridge")
 RIDGE_OBJECTIVES = ("cosine", "squared")
@@ -34,8 +35,7 @@ BACKENDS = ("auto", "reference", "native", "triton")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # Lowest validation loss over the research pairs, there with source_base given
-    # (docs/methods.md, "What was measured").
+    # What won with few rows (docs/methods.md, "What was measured").
     "best": {
         "objective": "squared",
         "interface": "block",
@@ -44,6 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": "all",
         "layer_weight": 0.3,
         "label_weight": 1.0,
+        "source_rows": 512,
     },
 }
 
@@ -123,6 +124,7 @@ class TransferConfig:
     ridge: float = _setting(1e-2, "ridge strength of solver='ridge', relative to the mean moment")
     warm_start: bool = _setting(False, "start adamw from the ridge solution")
     epochs: int = _setting(5, "passes over the data")
+    steps: int | None = _setting(None, "optimiser steps, in place of whole epochs")
     batch_size: int = _setting(64, "examples a step")
     micro_batch_size: int = _setting(16, "examples a forward pass (gradients accumulate to a step)")
     learning_rate: float = _setting(3e-4, "AdamW learning rate")
@@ -141,7 +143,12 @@ class TransferConfig:
     # data
     max_length: int = _setting(1024, "tokens an example at most")
     limit: int | None = _setting(None, "use the first so many rows")
+    labels: str = _setting("given", "whose replies are learnt from: " + ", ".join(LABELS))
+    source_rows: int = _setting(
+        0, "rows that the source writes itself, beginning like the given ones, to train on as well"
+    )
     bucket: bool = _setting(True, "batch examples of like length")
+    max_new_tokens: int = _setting(256, "longest question or reply that the source writes")
     # running
     dtype: str = _setting(
         "auto", "dtype to load models in (objects keep theirs): " + ", ".join(DTYPES)
@@ -170,9 +177,10 @@ class TransferConfig:
             value = _plain(getattr(self, name))
             _within(name, value, kind, test, wanted)
             object.__setattr__(self, name, value)
-        if self.limit is not None:
-            object.__setattr__(self, "limit", _plain(self.limit))
-            _within("limit", self.limit, *_at_least(int, 1))
+        for name in ("limit", "steps"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _plain(getattr(self, name)))
+                _within(name, getattr(self, name), *_at_least(int, 1))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
@@ -255,6 +263,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fit": FITS,
     "kl_kind": KL_KINDS,
     "reduction": REDUCTIONS,
+    "labels": LABELS,
     "schedule": SCHEDULES,
     "solver": SOLVERS,
     "dtype": DTYPES,
@@ -302,6 +311,8 @@ _RANGES: dict[str, _Range] = {
     "alpha": _POSITIVE,
     "dropout": _FRACTION,
     "max_length": _at_least(int, 2),
+    "source_rows": _at_least(int, 0),
+    "max_new_tokens": _at_least(int, 1),
     "seed": _SEED,
     "store_budget_gb": _POSITIVE,
     "log_every": _at_least(int, 1),

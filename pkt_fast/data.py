@@ -540,6 +540,16 @@ def _check_text(value: Any, where: str) -> None:
         raise DataError(f"{where}: half a surrogate pair at character {error.start}") from error
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """A pattern that finds any special or added token in a text, the longest that fits."""
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values()}
+    # Some tokenizers list runs of blanks among their added tokens: those end no turn.
+    words = [token for token in special if token.strip()]
+    ordered = sorted(words, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
 class _Renderer:
     """Turns parsed rows into text with supervised spans for one tokenizer."""
 
@@ -550,12 +560,7 @@ class _Renderer:
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.bos: str = tokenizer.bos_token or ""
         self.eos: str = tokenizer.eos_token or ""
-        special = {str(token) for token in tokenizer.all_special_tokens}
-        special |= {token.content for token in tokenizer.added_tokens_decoder.values()}
-        # Some tokenizers list runs of blanks among their added tokens: those end no turn.
-        words = [token for token in special if token.strip()]
-        ordered = sorted(words, key=lambda token: (-len(token), token))
-        self.special = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+        self.special = special_tokens(tokenizer)
 
     def __call__(self, parsed: _Chat | _Completion | _Text, row: int) -> _Rendered:
         if isinstance(parsed, _Text):

@@ -7,6 +7,7 @@ stored once (:mod:`pkt_fast.phases`), so no graph and no computation happens the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -250,8 +251,8 @@ class StepPlan:
 
 def plan_steps(lengths: Sequence[int], config: TransferConfig) -> list[StepPlan]:
     """Every optimiser step of training, decided by the seed alone."""
-    steps = []
-    for epoch in range(config.epochs):
+    planned: list[StepPlan] = []
+    for epoch in range(config.epochs) if config.steps is None else itertools.count():
         for indices in batch_indices(
             lengths, config.batch_size, seed=config.seed, epoch=epoch, bucket=config.bucket
         ):
@@ -260,8 +261,10 @@ def plan_steps(lengths: Sequence[int], config: TransferConfig) -> list[StepPlan]
                 tuple(ordered[start : start + config.micro_batch_size])
                 for start in range(0, len(ordered), config.micro_batch_size)
             )
-            steps.append(StepPlan(epoch, micro))
-    return steps
+            planned.append(StepPlan(epoch, micro))
+            if len(planned) == config.steps:
+                return planned
+    return planned
 
 
 def learning_rate_factor(step: int, steps: int, config: TransferConfig) -> float:

@@ -20,7 +20,7 @@ from .anatomy import Anatomy
 from .attribution import attribute
 from .capture import Wanted
 from .config import TransferConfig
-from .data import ExampleSet, encode
+from .data import ExampleSet, encode, read_rows
 from .delta import LayerDelta
 from .errors import ConfigError, ModelError
 from .lending import differentiable, lent
@@ -80,6 +80,7 @@ from .steering import (
 )
 from .stores import ActivationStore, model_fingerprint
 from .vocabulary import SharedVocabulary, match_vocabularies
+from .writing import answer_rows, write_rows
 
 
 @dataclass
@@ -218,7 +219,12 @@ class _Run:
             tokenizers = load_tokenizers(
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
             )
-            examples = encode(data, tokenizers[1], max_length=config.max_length, limit=config.limit)
+            writes = config.labels == "source" or config.source_rows > 0
+            rows = read_rows(data, limit=config.limit)[0] if writes else data
+            if config.labels == "given":
+                examples = encode(
+                    rows, tokenizers[1], max_length=config.max_length, limit=config.limit
+                )
         with phases.phase("load", 1):
             options: dict[str, Any] = {
                 "dtype": dtype,
@@ -238,6 +244,9 @@ class _Run:
             Anatomy.of(source).vocab_size, Anatomy.of(target).vocab_size, *tokenizers
         )
         _check_layers(config, Anatomy.of(target))
+        if writes:
+            rows = _with_written(rows, source.eval().to(device), tokenizers[0], config, phases)
+            examples = encode(rows, tokenizers[1], max_length=config.max_length)
         aligned = AlignedPositions.between(examples, *tokenizers)
         check_token_ids(source, aligned.examples, "source")
         check_token_ids(target, examples, "target")
@@ -594,9 +603,10 @@ class _Run:
             _supervision_width(supervision, layers),
         )
         parameters += [parameter for term in terms for parameter in term.parameters]
-        steps = len(plan_steps(self.examples.lengths, self.config))
+        planned = plan_steps(self.examples.lengths, self.config)
+        visited = [self.examples.lengths[i] for s in planned for micro in s.micro for i in micro]
         name = "steer" if len(layers) == len(self.pairs) else f"steer layer {layers[0]}"
-        with self.phases.phase(name, steps) as update:
+        with self.phases.phase(name, len(planned)) as update:
 
             def on_step(record: Record) -> None:
                 update(1, " ".join(f"{k} {record[k]:.4f}" for k in loss_names([record])))
@@ -604,7 +614,7 @@ class _Run:
             history = train(
                 tail, loader, terms, parameters, self.config, on_step=on_step, first_step=first_step
             )
-        self.phases.clock.count(name, sum(self.examples.lengths) * self.config.epochs)
+        self.phases.clock.count(name, sum(visited))
         return history
 
     @property
@@ -727,3 +737,32 @@ def _check_layers(config: TransferConfig, target: Anatomy) -> None:
         raise ConfigError(
             f"num_layers={config.num_layers}: the target has {target.num_layers} layers"
         )
+
+
+def _with_written(
+    rows: Sequence[Mapping[str, Any]],
+    source: nn.Module,
+    tokenizer: Any,
+    config: TransferConfig,
+    phases: Phases,
+) -> list[dict[str, Any]]:
+    """The rows with the replies, and followed by the rows, that the source is to write."""
+    known = [dict(row) for row in rows]
+    at_once = 4 * config.micro_batch_size  # no graph is kept
+    if config.labels == "source":
+        with phases.phase("source replies", len(known)) as update:
+            known = answer_rows(
+                source, known, tokenizer,
+                max_new_tokens=config.max_new_tokens, batch_size=at_once,
+                advance=lambda done: update(done, ""),
+            )  # fmt: skip
+    if config.source_rows:
+        with phases.phase("source rows", config.source_rows) as update:
+            known += write_rows(
+                source, known, tokenizer, config.source_rows,
+                max_new_tokens=config.max_new_tokens, batch_size=at_once,
+                seed=config.seed, advance=lambda done: update(done, ""),
+            )  # fmt: skip
+    return known
+
+

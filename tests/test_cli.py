@@ -268,12 +268,14 @@ def test_demo_runs_on_the_bundled_pair(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(run, "TRAINING_ROWS", 8)
     monkeypatch.setattr(run, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setitem(run.TRAINING, "steps", 2)
+    monkeypatch.setitem(run.RUNS, 'preset="best"', {"preset": "best", "source_rows": 2})
     monkeypatch.setattr(run, "bundled_rows", lambda split: bundled_rows(split)[:8])
     assert main(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
     shown = capsys.readouterr().out
-    names = ("source", "target before", "SemAlign", "LoRA on labels", "logit distillation")
-    for name in names:
+    for name in ("source", "target before", *run.RUNS):
         assert name in shown
+    assert "2 steps" in shown
     assert LayerDelta.load(tmp_path / "demo").changes
 
 

@@ -11,6 +11,7 @@ from models import tiny_model
 
 import pkt_fast
 import pkt_fast.compare as module
+from pkt_fast import writing
 from pkt_fast.compare import (
     RECIPES,
     Comparison,
@@ -22,7 +23,6 @@ from pkt_fast.compare import (
     mean_interval,
     recipes,
     trials,
-    with_reply,
 )
 from pkt_fast.errors import ConfigError, OutputError
 from pkt_fast.evaluation import evaluate
@@ -179,19 +179,37 @@ def test_source_writes_the_labels(monkeypatch):
         return real(source, target, rows, **options)
 
     monkeypatch.setattr(module, "transfer", spy)
-    monkeypatch.setattr(module, "generate_replies", lambda _m, rows, _t, **_: ["42"] * len(rows))
+    monkeypatch.setattr(writing, "generate_replies", lambda _m, rows, _t, **_: ["42"] * len(rows))
     run(["sft"], labels="source", seeds=[0], tune_budget=1)
     assert all(row["completion"] == "42" for rows in seen for row in rows)
     assert {row["prompt"] for row in seen[0]} == {row["prompt"] for row in TRAIN}
 
 
-def test_replies_are_replaced_in_every_shape_of_row():
-    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    assert with_reply(chat, "b")["messages"][-1] == {"role": "assistant", "content": "b"}
-    assert chat["messages"][-1]["content"] == "a"
-    assert with_reply({"prompt": "q", "completion": "a"}, "b")["completion"] == "b"
-    with pytest.raises(ConfigError, match="end in a reply"):
-        with_reply({"text": "q"}, "b")
+def test_all_recipes_train_for_the_same_steps_and_share_what_the_source_writes(monkeypatch):
+    seen, asked = [], []
+    real = module.transfer
+
+    def spy(source, target, rows, config, **options):
+        seen.append((rows, config))
+        return real(source, target, rows, config=config, **options)
+
+    def write(source, rows, tokenizer, count, seed, **options):
+        asked.append((count, seed))
+        return [{"prompt": f"{seed}/{i}", "completion": "0"} for i in range(count - 1)] + [TEST[0]]
+
+    monkeypatch.setattr(module, "transfer", spy)
+    monkeypatch.setattr(module, "write_rows", write)
+    wider = [
+        Recipe(name, {"method": name, "source_rows": 9}, {"learning_rate": (1e-3,)})
+        for name in ("kd", "sft")
+    ]
+    found = run([*wider, "paper"], tune_budget=1, epochs=2, examples=7)
+    assert asked == [(9, 0), (9, 1)]
+    assert {config["steps"] for _, config in seen} == {4}
+    assert [len(rows) for rows, _ in seen] == [15] * 6 + [7] * 3
+    assert not any("source_rows" in config for _, config in seen)
+    assert all(TEST[0] not in rows for rows, _ in seen)
+    assert found.settings["steps"] == 4
 
 
 def test_change_needs_the_source_before_its_fine_tuning():
@@ -233,8 +251,8 @@ def comparison():
     def scores(loss, **more):
         return Scores(loss, 0.5, None, 0.1, 0.9, None, **more)
 
-    settings = {"examples": 3, "labels": "given", "epochs": 1, "budget": 1, "seeds": [0, 1],
-                "test_rows": 4}
+    settings = {"examples": 3, "labels": "given", "steps": 1, "batch_size": 2, "budget": 1,
+                "seeds": [0, 1], "test_rows": 4}
     worse = MethodResult("worse", [], {"learning_rate": 1e-3}, 3.0, [scores(2.5), scores(2.7)])
     better = MethodResult("better", [], {"layer_weight": 0.3}, 2.0, [scores(1.5, gap_closed=0.5)])
     return Comparison(settings, scores(1.0), scores(3.0), [worse, better])

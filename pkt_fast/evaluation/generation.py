@@ -1,4 +1,4 @@
-"""Greedy replies for a batch of prompts."""
+"""What a model writes behind a batch of prompts."""
 
 from __future__ import annotations
 
@@ -28,21 +28,47 @@ def generate_replies(
     token.  Sampling settings that a checkpoint ships with are overruled.
     """
     prompts = [prompt_ids(row, tokenizer) for row in rows]
+    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+    new = complete(
+        model, prompts, tokenizer,
+        max_new_tokens=max_new_tokens, batch_size=batch_size, advance=advance, **greedy,
+    )  # fmt: skip
+    return list(tokenizer.batch_decode(new, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def complete(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    advance: Callable[[int], None] = lambda done: None,
+    **options: Any,
+) -> list[list[int]]:
+    """New token ids behind every prompt, in the order of ``prompts``.
+
+    ``options`` are those of Transformers' ``generate``.
+    """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    replies = [""] * len(prompts)
+    completed: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        new = _generate(model, [prompts[i] for i in chosen], tokenizer, max_new_tokens)
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            replies[i] = text
+        new = _generate(model, [prompts[i] for i in chosen], tokenizer, max_new_tokens, options)
+        for i, ids in zip(chosen, new.tolist(), strict=True):
+            completed[i] = ids
         advance(len(chosen))
-    return replies
+    return completed
 
 
 def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
     """Token ids of what the model sees before it has to answer; BOS exactly once."""
-    text = render_prompt(row, tokenizer)
+    return open_ids(render_prompt(row, tokenizer), tokenizer)
+
+
+def open_ids(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of a rendered text that a model is to go on with; BOS exactly once."""
     templated = bool(getattr(tokenizer, "chat_template", None))
     ids: list[int] = tokenizer(text, add_special_tokens=not templated)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
@@ -51,7 +77,11 @@ def prompt_ids(row: Mapping[str, Any], tokenizer: Any) -> list[int]:
 
 
 def _generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], tokenizer: Any, max_new_tokens: int
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    max_new_tokens: int,
+    options: Mapping[str, Any],
 ) -> torch.Tensor:
     """New token ids (B, T_new) after each prompt."""
     device = next(model.parameters()).device
@@ -66,11 +96,10 @@ def _generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         pad_token_id=pad,
         eos_token_id=_stops(model, tokenizer),
+        tokenizer=tokenizer if "stop_strings" in options else None,
+        **options,
     )
     return out[:, width:]
 

@@ -55,3 +55,14 @@ def logit_chunks(model: nn.Module, hidden: Tensor) -> Iterator[tuple[slice, Tens
         if bool(torch.isnan(logits).any()):
             raise NumericsError(f"{type(model).__name__}: the logits hold NaN; try dtype='float32'")
         yield chunk, logits
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy (N,) in nats at the supervised positions of ``batch``, row by row."""
+    hidden = supervised_hidden(model, batch)
+    targets = batch.targets[batch.supervised].to(hidden.device)
+    losses = [
+        F.cross_entropy(logits, targets[chunk], reduction="none")
+        for chunk, logits in logit_chunks(model, hidden)
+    ]
+    return torch.cat(losses)
