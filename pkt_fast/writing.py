@@ -132,7 +132,7 @@ class _Opening:
         if row.get("text") is None and not closing:
             raise DataError(
                 f"row {number}: source_rows needs to see where a question ends, and a "
-                "prompt/completion pair without a chat template does not show it"
+                "prompt/completion pair without a chat template does not show it: set source_rows=0"
             )
         head = open_ids(before, tokenizer)
         ids = open_ids(before + words, tokenizer)

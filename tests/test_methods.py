@@ -14,7 +14,7 @@ from pkt_fast import TransferConfig
 from pkt_fast.anatomy import Anatomy
 from pkt_fast.config import METHOD_SETTINGS, METHODS
 from pkt_fast.data import collate, encode
-from pkt_fast.errors import ConfigError, ModelError, NumericsError
+from pkt_fast.errors import ConfigError, DataError, ModelError, NumericsError
 from pkt_fast.methods import laten, seeking
 from pkt_fast.methods.delta_maker import low_rank
 from pkt_fast.objectives import Rows, hidden_term, learned_projection
@@ -133,11 +133,14 @@ def test_presets():
     assert TransferConfig.make(preset="paper") == TransferConfig()
     best = TransferConfig.make(preset="best", layer_weight=1.0)
     assert (best.output_loss, best.recompose, best.layer_weight) == ("kl", "fitted", 1.0)
-    history = transfer(*pair(), preset="best", epochs=3, layers=[1]).history
+    with pytest.raises(DataError, match="set source_rows=0"):  # rows without a chat template
+        transfer(*pair(), preset="best", epochs=1)
+    given = {"preset": "best", "source_rows": 0}
+    history = transfer(*pair(), **given, epochs=3, layers=[1]).history
     assert {"layer_loss", "output_loss", "label_loss"} <= set(history[0])
     assert history[-1]["label_loss"] < history[0]["label_loss"]
     source, target = pair()
-    changed = transfer(source, target, preset="best", epochs=1, source_base=pair()[0])
+    changed = transfer(source, target, **given, epochs=1, source_base=pair()[0])
     assert changed.history[0]["layer_loss"] == 0  # an unchanged source asks for nothing
 
 
