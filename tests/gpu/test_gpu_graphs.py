@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import pkt_fast
 from pkt_fast import ops
 from pkt_fast.heads import head_statistics
 
@@ -20,18 +19,6 @@ DIFFERENTIABLE = [
     "row_cosine", "align_rows", "label_cosine", "label_cosine_chunked", "linear_kl", "relation",
 ]  # fmt: skip
 FORWARD_ONLY = ["capture_rows", "grad_x_act", "align_rows_grouped", "softmax", "top_k"]
-
-
-@pytest.fixture(autouse=True)
-def _triton():
-    torch.manual_seed(0)
-    with pkt_fast.backend("triton"):
-        yield
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda")
 
 
 @pytest.fixture(params=DIFFERENTIABLE + FORWARD_ONLY)

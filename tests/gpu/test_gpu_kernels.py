@@ -20,19 +20,6 @@ from pkt_fast.ops import _registry
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True)
-def _triton():
-    """Every op runs as its Triton kernel; one that cannot raises BackendError."""
-    torch.manual_seed(0)
-    with pkt_fast.backend("triton"):
-        yield
-
-
-@pytest.fixture
-def device() -> torch.device:
-    return torch.device("cuda")
-
-
 @pytest.fixture
 def timed(capsys) -> Callable[..., None]:
     def run(label: str, call: Callable[[], object], *, moved: int, operations: int = 0) -> None:
