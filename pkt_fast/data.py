@@ -455,8 +455,8 @@ def _parse_row(row: Mapping[str, Any], where: str) -> tuple[str, _Chat | _Comple
             _check_text(prompt, f"{where}: prompt")
             _check_text(completion, f"{where}: completion")
             return "prompt/completion", _Completion(prompt, completion)
-        head = _parse_turns(prompt, "user", f"{where}: prompt")
-        tail = _parse_turns(completion, "assistant", f"{where}: completion")
+        head = parse_turns(prompt, "user", f"{where}: prompt")
+        tail = parse_turns(completion, "assistant", f"{where}: completion")
         return "prompt/completion", _Chat(head + tail)
     if "text" in present:
         _check_text(row["text"], f"{where}: text")
@@ -468,7 +468,17 @@ def _parse_row(row: Mapping[str, Any], where: str) -> tuple[str, _Chat | _Comple
     )
 
 
-def _parse_turns(value: Any, role: str, where: str) -> list[Message]:
+def check_rows(rows: Sequence[Mapping[str, Any]], origin: Origin) -> None:
+    """Raise :class:`DataError`, naming the place, for the first row whose shape is not known."""
+    for i, row in enumerate(rows):
+        _parse_row(row, origin.where(i))
+
+
+def parse_turns(value: Any, role: str, where: str) -> list[Message]:
+    """Messages of a conversation, or of a string that ``role`` says.
+
+    Raises :class:`DataError`, beginning with ``where``, for anything else.
+    """
     if isinstance(value, str):
         value = [{"role": role, "content": value}]
     return _parse_messages(value, where)

@@ -20,7 +20,7 @@ from .anatomy import Anatomy
 from .attribution import attribute
 from .capture import Wanted
 from .config import TransferConfig
-from .data import ExampleSet, encode, read_rows
+from .data import ExampleSet, check_rows, encode, read_rows
 from .delta import LayerDelta
 from .errors import ConfigError, ModelError
 from .lending import differentiable, lent
@@ -220,10 +220,13 @@ class _Run:
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
             )
             writes = config.labels == "source" or config.source_rows > 0
-            rows = read_rows(data, limit=config.limit)[0] if writes else data
-            if config.labels == "given":
+            if writes:
+                rows, origin = read_rows(data, limit=config.limit)
+                if config.labels == "given":
+                    check_rows(rows, origin)
+            else:
                 examples = encode(
-                    rows, tokenizers[1], max_length=config.max_length, limit=config.limit
+                    data, tokenizers[1], max_length=config.max_length, limit=config.limit
                 )
         with phases.phase("load", 1):
             options: dict[str, Any] = {

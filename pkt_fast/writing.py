@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import batches, encode, render_prompt, special_tokens
+from .data import batches, encode, parse_turns, render_prompt, special_tokens
 from .errors import DataError, ModelError
 from .evaluation.answers import reference_reply
 from .evaluation.generation import complete, generate_replies, open_ids
@@ -268,6 +268,8 @@ def _with_question(row: Mapping[str, Any], words: str) -> Row:
 def _up_to_question(row: Mapping[str, Any], number: int) -> list[Any]:
     """The messages of a row up to its last question, which is what stands before the last reply."""
     asked = list(row.get("messages") or row.get("prompt") or [])
+    if asked:
+        parse_turns(asked, "user", f"row {number}: turns")
     while asked and asked[-1]["role"] != "user":
         asked.pop()
     if not asked:

@@ -202,6 +202,17 @@ def test_a_transfer_trains_on_what_the_source_wrote():
     assert again.report["data"]["fingerprint"] == result.report["data"]["fingerprint"]
 
 
+def test_a_malformed_row_is_named_before_anything_is_written(tmp_path):
+    pair = (demo.source_path(), demo.target_path())
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(DataError, match=r"rows.jsonl line 2: messages\[0\] must be an object"):
+        pkt_fast.transfer(*pair, path, source_rows=2, progress=False)
+    for messages in ([{"role": "user"}], "abc", [3]):
+        with pytest.raises(DataError, match=r"^row 0: turns"):
+            pkt_fast.transfer(*pair, [{"messages": messages}], labels="source", progress=False)
+
+
 def test_steps_replace_epochs():
     pair = (demo.source_path(), demo.target_path())
     options = {"progress": False, "layers": [3], "batch_size": 4, "method": "sft"}
