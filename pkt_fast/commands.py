@@ -133,7 +133,7 @@ def _attribute(args: argparse.Namespace) -> None:
         def counted() -> Any:
             for batch in batches:
                 yield batch
-                update(len(batch), "")
+                update(len(batch))
 
         scores = attribute(
             source, counted(), interface=config.interface, reduction=config.reduction
@@ -227,7 +227,7 @@ def _evaluate(args: argparse.Namespace) -> None:
                 batch_size=args.batch_size,
                 max_length=config.max_length,
                 generate=args.generate,
-                advance=lambda done: update(done, ""),
+                advance=update,
             )
         scores = rows = evaluation.as_dict()
     if args.json:

@@ -12,7 +12,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from .phases import HEAD, AlignedPositions, layer_column, longest_first, run_sou
 from .semantics import LINEAR_RECOMPOSITIONS, SemanticBasis, SemanticMap
 from .stores import ActivationStore
 from .vocabulary import SharedVocabulary
+
+if TYPE_CHECKING:
+    from .inputs import TransferInputs
 
 COEFFICIENT_RECOMPOSITIONS: tuple[str, ...] = ("softmax", "top_k", "threshold")
 FITTED_RECOMPOSITIONS: tuple[str, ...] = ("lens", "fitted")
@@ -507,6 +510,42 @@ def judge_maps(
     ]
 
 
+# --------------------------------------------------------------------------- of a transfer
+
+
+def map_layers(
+    inputs: TransferInputs, pairs: Sequence[LayerPair]
+) -> tuple[dict[int, LatentMap], list[Alignment]]:
+    """A map for every target layer of ``pairs``, and how well each predicts the target.
+
+    Paper, "semantic basis" and "decompose and recompose".  Both are empty for objectives that align
+    nothing.
+    """
+    config, phases = inputs.config, inputs.phases
+    if config.objective not in ALIGNED_OBJECTIVES:
+        return {}, []
+    fit_on, held_out = split_examples(len(inputs.examples), config.fit_examples, config.seed)
+    if config.recompose not in FITTED_RECOMPOSITIONS:
+        fit_on = []
+    with inputs.visiting(inputs.untuned_source, inputs.target):
+        models = PairedModels(
+            inputs.untuned_source,
+            inputs.target,
+            inputs.aligned,
+            AlignedPositions.same(inputs.examples),
+            pairs,
+            config.interface,
+            config.micro_batch_size,
+            inputs.pad_token_ids,
+            inputs.vocabulary,
+        )
+        with phases.phase("semantic map", models.num_tokens(fit_on)) as update:
+            built = build_maps(models, config, fit_on, update)
+        with phases.phase("judge map", models.num_tokens(held_out)) as update:
+            alignment = judge_maps(models, built, held_out, update)
+    return built.maps, alignment
+
+
 def diagnose(
     src: nn.Module | str | os.PathLike[str],
     tgt: nn.Module | str | os.PathLike[str],
@@ -524,9 +563,14 @@ def diagnose(
     Arguments are those of :func:`pkt_fast.transfer`.  Attributes and pairs layers, builds the maps,
     and returns one :class:`Alignment` a paired target layer.  No weight changes.
     """
-    from .transfer import _Run, computing_as
+    from .inputs import TransferInputs  # they build on this module
+    from .transfer import attributed_pairs, computing_as
 
     settings = TransferConfig.make(config, preset, **overrides)
     with computing_as(settings), lent(src, tgt, source_base, kept=None):
-        run = _Run.start(src, tgt, data, tokenizer, settings, progress, source_base)
-        return run.diagnose()
+        inputs = TransferInputs.load(
+            src, tgt, data, tokenizer, settings, progress=progress, source_base=source_base
+        )
+        inputs.source.to(inputs.device)
+        _, pairs = attributed_pairs(inputs)
+        return map_layers(inputs, pairs)[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +21,11 @@ from rich.progress import (
 
 from .report import Clock
 
-Update = Callable[[int, str], None]
+
+class Update(Protocol):
+    """Advances a bar by ``done`` and sets the note beside it."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
 
 
 @dataclass
@@ -55,3 +60,10 @@ class Phases:
                 bar.update(task, advance=done, note=note)
 
             yield update
+
+    @contextlib.contextmanager
+    def counted(self, name: str, tokens: int) -> Iterator[Callable[[int], None]]:
+        """Time a pass over ``tokens`` tokens and count them; the yielded call advances it."""
+        with self.phase(name, tokens) as update:
+            yield update
+        self.clock.count(name, tokens)

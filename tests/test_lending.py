@@ -1,6 +1,5 @@
 """Models given as objects come back as they were; what cannot be used is refused in one line."""
 
-import importlib
 import threading
 
 import pytest
@@ -162,8 +161,7 @@ def test_a_path_may_start_in_the_home_directory(tmp_path, monkeypatch):
 
 
 def test_bad_data_is_found_before_any_model_is_loaded(tmp_path, monkeypatch):
-    module = importlib.import_module("pkt_fast.transfer")
-    monkeypatch.setattr(module, "load_model", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("pkt_fast.inputs.load_model", lambda *_, **options: pytest.fail("loaded"))
     with pytest.raises(pkt_fast.errors.DataError, match="no such file"):
         transfer("source", "target", tmp_path / "missing.jsonl")
 

@@ -1,6 +1,5 @@
 """The whole transfer against the one-phase reference, and everything around it."""
 
-import importlib
 import json
 
 import pytest
@@ -32,7 +31,6 @@ from pkt_fast.steering import (
     plan_steps,
 )
 
-TRANSFER = importlib.import_module("pkt_fast.transfer")  # the package has a function too
 TOKENIZER = toy_tokenizers.byte_level(bos=False)
 ROWS = [
     {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok" * (1 + b % 2)}
@@ -408,7 +406,7 @@ def test_a_float16_target_trains_on_the_gradients_of_a_float32_one(family, monke
 
 
 def test_nothing_to_adapt_is_found_before_the_data_is_passed(monkeypatch):
-    monkeypatch.setattr(TRANSFER, "run_source", None)
+    monkeypatch.setattr("pkt_fast.supervision.run_source", None)
     with pytest.raises(ConfigError, match=r"target_modules \['nope'\]"):
         transfer(*pair(), layers=[1], target_modules=["nope"])
 

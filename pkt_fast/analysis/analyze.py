@@ -145,7 +145,7 @@ def analyze(
                 read.positions,
                 interface=interface,
                 max_rows=max_positions,
-                advance=lambda done: update(done, ""),
+                advance=update,
             )
 
     of_source, of_target = layers_of(source, "source"), layers_of(target, "target")

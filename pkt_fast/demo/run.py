@@ -64,7 +64,7 @@ def run_demo(
                 tokenizer,
                 max_new_tokens=MAX_NEW_TOKENS,
                 batch_size=50,
-                advance=lambda done: update(done, ""),
+                advance=update,
             )
 
     out.print(f"Transferring with {len(rows)} problems, then asking {len(problems)} others.")
