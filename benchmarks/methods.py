@@ -25,6 +25,7 @@ from pkt_fast.demo import bundled_rows, source_path, target_path
 
 RESULTS = Path(__file__).parent / "results"
 STEPS, BATCH_SIZE = 320, 8
+LEARNING_RATES = (1e-2, 3e-3, 3e-2, 1e-3)  # these targets are small
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="holds base/ and sliced/")
     parser.add_argument("--setting", help="PAIR-ROWS or PAIR-ROWS-source")
     parser.add_argument("--methods", help="names of recipes, with commas")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--budget", type=int, default=4)
     parser.add_argument("--summary", action="store_true", help="print the kept results")
     args = parser.parse_args()
@@ -74,6 +75,7 @@ def _measure(setting: str, pairs: Path, methods: list[str], seeds: str, budget: 
         labels=labels[0] if labels else "given",
         seeds=[int(seed) for seed in seeds.split(",")],
         tune_budget=budget,
+        learning_rates=LEARNING_RATES,
         max_new_tokens=48,
         steps=STEPS,
         batch_size=BATCH_SIZE,

@@ -14,11 +14,12 @@ import dataclasses
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from ._version import __version__
-from .config import PRESETS, TransferConfig
+from .config import PRESETS, STEADY, TransferConfig
 from .errors import ConfigError, PktFastError
 
 PROGRAM = "pkt-fast"
@@ -205,10 +206,19 @@ def _compare(commands: Any) -> None:
     parser.add_argument(
         "--tune-budget", type=int, default=4, metavar="N", help="trials a method (default: 4)"
     )
+    parser.add_argument(
+        "--learning-rates",
+        type=float_list,
+        metavar="LIST",
+        help="rates to try, most likely first (default: those of each method)",
+    )
     _add_generation(parser, 64)
     parser.add_argument("--output", metavar="DIR", help="where to write the table")
-    chosen = ("epochs", "batch_size", "micro_batch_size", "rank", "alpha", "target_modules")
-    _add_settings(parser, (*chosen, "max_length", "overwrite", *_MODEL_SETTINGS))
+    steps = ("epochs", "steps", "batch_size", "micro_batch_size")
+    rates = ("learning_rate_schedule", "warmup_fraction", "max_grad_norm")
+    adapter = ("rank", "alpha", "target_modules")
+    names = (*steps, *rates, *adapter, "max_length", "overwrite", *_MODEL_SETTINGS)
+    _add_settings(parser, names, STEADY)
 
 
 def _bench(commands: Any) -> None:
@@ -271,18 +281,25 @@ def _add_generation(parser: argparse.ArgumentParser, longest: int) -> None:
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Options for fields of :class:`TransferConfig` (all by default); absent ones stay unset."""
+def _add_settings(
+    parser: argparse.ArgumentParser,
+    names: Iterable[str] | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Options for fields of :class:`TransferConfig` (all by default); absent ones stay unset.
+
+    ``defaults`` are those of the command where they differ from the fields' own.
+    """
     group = parser.add_argument_group("settings")
     chosen = None if names is None else set(names)
     for field in dataclasses.fields(TransferConfig):
         if chosen is None or field.name in chosen:
-            _add_setting(group, field)
+            _add_setting(group, field, defaults.get(field.name, field.default))
 
 
-def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
+def _add_setting(group: Any, field: dataclasses.Field[Any], default: Any) -> None:
     option = "--" + field.name.replace("_", "-")
-    doc = f"{field.metadata['doc']} (default: {_shown(field.default)})".replace("%", "%%")
+    doc = f"{field.metadata['doc']} (default: {_shown(default)})".replace("%", "%%")
     if _HINTS[field.name] is bool:
         group.add_argument(
             option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=doc
@@ -314,6 +331,14 @@ def int_list(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 3,5") from error
+
+
+def float_list(text: str) -> tuple[float, ...]:
+    """``"1e-3,3e-3"`` as (0.001, 0.003)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list such as 1e-3,3e-3") from error
 
 
 _METAVARS: dict[Callable[[str], Any], str] = {int: "N", float: "X", str: "NAME", layer_list: "LIST"}

@@ -288,6 +288,7 @@ def _compare(args: argparse.Namespace) -> None:
         labels=args.labels,
         seeds=args.seeds,
         tune_budget=args.tune_budget,
+        learning_rates=args.learning_rates,
         generate=args.generate,
         max_new_tokens=args.max_new_tokens,
         output_dir=args.output,

@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 from ._files import atomic_directory, check_output_dir, local, write_json
-from .config import PRESETS, TransferConfig
+from .config import PRESETS, STEADY, TransferConfig
 from .data import read_rows
 from .demo import bundled_rows
 from .errors import ConfigError
@@ -41,7 +41,7 @@ LABELS = ("given", "none", "source")
 LEARNING_RATES = (1e-3, 3e-3, 3e-4, 1e-2)
 _MIDDLE_RATES = (3e-3, 1e-3, 1e-2)  # with a weight to tune beside
 _WEIGHTS = (1.0, 0.3, 3.0)
-_SOURCE_ROWS = PRESETS["best"]["source_rows"]
+_ROWS = {"min_rows": PRESETS["best"]["min_rows"]}
 _ALIGN = {"layers": "all", "output_loss": "kl", "interface": "block", "objective": "squared"}
 
 # --------------------------------------------------------------------------- recipes
@@ -113,24 +113,44 @@ RECIPES: dict[str, Recipe] = {
             change=True,
             layer_weight=(1.0, 0.3, 5.0),
         ),
-        _recipe("sft+rows", {"method": "sft", "source_rows": _SOURCE_ROWS}),
-        _recipe("kd+rows", {"method": "kd", "source_rows": _SOURCE_ROWS}),
+        _recipe("sft+kd+fitted", {**PRESETS["best"], "min_rows": 0}),  # best without written rows
+        _recipe("sft+rows", {"method": "sft", **_ROWS}),
+        _recipe("kd+rows", {"method": "kd", **_ROWS}),
+        _recipe("sft+kd+rows", {"method": "kd", "label_weight": 1.0, **_ROWS}),  # without alignment
         *(_recipe(f"preset:{name}", settings) for name, settings in PRESETS.items()),
     )
 }
 
+_OWN_RATES = ("laten",)  # what trains is a network, not the delta
 
-def recipes(methods: Sequence[str | Recipe]) -> list[Recipe]:
-    """Look up recipes by name.  Raises :class:`ConfigError` for an unknown or repeated one."""
+
+def recipes(
+    methods: Sequence[str | Recipe], learning_rates: Sequence[float] | None = None
+) -> list[Recipe]:
+    """Look up recipes by name, with other ``learning_rates`` to try where these are given.
+
+    Raises :class:`ConfigError` for an unknown or repeated name, or a rate that is none.
+    """
     found = []
     for method in methods:
         if isinstance(method, str) and method not in RECIPES:
             raise ConfigError(f"method {method!r} is unknown: choose from {', '.join(RECIPES)}")
-        found.append(RECIPES[method] if isinstance(method, str) else method)
+        found.append(_named(method, learning_rates) if isinstance(method, str) else method)
     names = [recipe.name for recipe in found]
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"methods={','.join(names)}: give at least one, each once")
     return found
+
+
+def _named(name: str, learning_rates: Sequence[float] | None) -> Recipe:
+    recipe = RECIPES[name]
+    if learning_rates is None or name in _OWN_RATES:
+        return recipe
+    if not learning_rates:
+        raise ConfigError("learning_rates is empty: give at least one rate to try")
+    for rate in learning_rates:
+        recipe.config(learning_rate=rate)
+    return replace(recipe, tuned={**recipe.tuned, "learning_rate": tuple(learning_rates)})
 
 
 def trials(recipe: Recipe, budget: int) -> list[dict[str, Any]]:
@@ -327,6 +347,7 @@ def compare(
     labels: str = "given",
     seeds: Sequence[int] = (0, 1, 2),
     tune_budget: int = 4,
+    learning_rates: Sequence[float] | None = None,
     generate: bool = True,
     max_new_tokens: int = 64,
     output_dir: str | os.PathLike[str] | None = None,
@@ -351,19 +372,23 @@ def compare(
             written by the source replace those of the training rows).
         seeds: each sets the adapter's initialisation, the batch order and the rows drawn.
         tune_budget: trials for every recipe, on the first seed.
+        learning_rates: rates to try, most likely first, in place of those of the named recipes
+            (laten keeps its own): what is best depends on the size of the target.
         generate: whether test replies are generated, for the exact match.
         max_new_tokens: longest generated reply.
         output_dir: where to write comparison.json and comparison.md.
         overwrite: replace a non-empty output directory.
         progress: show progress bars when stderr is a terminal.
-        **settings: fields of :class:`TransferConfig` shared by every recipe (epochs, ...); a
-            recipe's own settings and trials go first.  All train for as many steps as the epochs
-            make of the given rows, also on more rows that the source wrote.
+        **settings: fields of :class:`TransferConfig` shared by every recipe (epochs, ...), on top
+            of :data:`~pkt_fast.config.STEADY`; a recipe's own settings and trials go first.  All
+            train for as many steps as the epochs make of the given rows, also on more rows that
+            the source wrote.
 
     Raises:
         PktFastError: every refusal, before anything is trained.
     """
-    chosen = recipes(methods)
+    chosen = recipes(methods, learning_rates)
+    settings = {**STEADY, **settings}
     if labels not in LABELS:
         raise ConfigError(f"labels={labels!r}: choose one of {', '.join(LABELS)}")
     if tune_budget < 1 or not seeds:
@@ -531,7 +556,7 @@ class _Arena:
         tried = []
         with self.phases.phase(recipe.name, len(points) + len(seeds)) as update:
             for point in points:
-                result = self._transfer(recipe, point, seeds[0], examples)
+                result, _ = self._transfer(recipe, point, seeds[0], examples)
                 loss = evaluate(
                     result.model, self.validation_rows, self.tokenizers[1], generate=False
                 ).next_token_loss
@@ -542,9 +567,7 @@ class _Arena:
             runs = []
             for seed in seeds:
                 with peak_resident() as peak:
-                    started = time.perf_counter()
-                    result = self._transfer(recipe, points[best], seed, examples)
-                    seconds = time.perf_counter() - started + self._writing_time(recipe, seed)
+                    result, seconds = self._transfer(recipe, points[best], seed, examples)
                 scores = self.score(result.model)
                 parameters = result.delta.num_parameters
                 self._restore(result)
@@ -565,26 +588,30 @@ class _Arena:
 
     def _transfer(
         self, recipe: Recipe, point: Mapping[str, Any], seed: int, examples: int | None
-    ) -> TransferResult:
+    ) -> tuple[TransferResult, float]:
+        """Train once; the seconds hold the writing of rows, whichever recipe came first."""
         rows = self.train_rows
         if examples is not None and examples < len(rows):
             rows = Random(seed).sample(rows, examples)
         config = {**self.settings, **recipe.settings, **point, "seed": seed}
-        count = config.pop("source_rows", 0)
-        if count:
-            rows = [*rows, *self._written_by_source(rows, count, seed)]
-        return transfer(
+        written, writing = self._written_by_source(rows, config.pop("min_rows", 0), seed)
+        started = time.perf_counter()
+        result = transfer(
             self.source,
             self.target,
-            rows,
+            [*rows, *written],
             tokenizer=self.tokenizers,
             progress=False,
             config=config,
             source_base=self.source_base if recipe.change else None,
         )
+        return result, writing + time.perf_counter() - started
 
-    def _written_by_source(self, rows: Rows, count: int, seed: int) -> Rows:
-        """Rows that every recipe gets alike, none of them with a held-out question."""
+    def _written_by_source(self, rows: Rows, wanted: int, seed: int) -> tuple[Rows, float]:
+        """Rows that every recipe gets alike, none with a held-out question, and their seconds."""
+        count = wanted - len(rows)
+        if count <= 0:
+            return [], 0.0
         if (seed, count) not in self.written:
             started = time.perf_counter()
             new = write_rows(
@@ -594,12 +621,7 @@ class _Arena:
             held_out = {question_of(row) for row in (*self.validation_rows, *self.test_rows)}
             new = [row for row in new if question_of(row) not in held_out]
             self.written[seed, count] = new, time.perf_counter() - started
-        return self.written[seed, count][0]
-
-    def _writing_time(self, recipe: Recipe, seed: int) -> float:
-        """Seconds that writing the recipe's rows took, whichever recipe came first."""
-        count = recipe.config(**self.settings).source_rows
-        return self.written[seed, count][1] if count else 0.0
+        return self.written[seed, count]
 
     def _restore(self, result: TransferResult) -> None:
         """Take the adapter off; the target's own weights never changed."""

@@ -33,6 +33,14 @@ REDUCTIONS = ("absolute", "signed", "net")
 DTYPES = ("auto", "float32", "float64", "bfloat16", "float16")
 BACKENDS = ("auto", "reference", "native", "triton")
 
+# A rate that rises and falls, and clipped gradients: with a constant rate, the one that is best for
+# one seed can ruin another.
+STEADY: dict[str, Any] = {
+    "learning_rate_schedule": "cosine",
+    "warmup_fraction": 0.05,
+    "max_grad_norm": 1.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # What won with few rows (docs/methods.md, "What was measured").
@@ -44,7 +52,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "layers": "all",
         "layer_weight": 0.3,
         "label_weight": 1.0,
-        "source_rows": 512,
+        "min_rows": 512,
+        **STEADY,
     },
 }
 
@@ -144,8 +153,8 @@ class TransferConfig:
     max_length: int = _setting(1024, "tokens an example at most")
     limit: int | None = _setting(None, "use the first so many rows")
     labels: str = _setting("given", "whose replies are learnt from: " + ", ".join(LABELS))
-    source_rows: int = _setting(
-        0, "rows that the source writes itself, beginning like the given ones, to train on as well"
+    min_rows: int = _setting(
+        0, "train on at least so many rows: the source writes what is missing, like the given ones"
     )
     bucket: bool = _setting(True, "batch examples of like length")
     max_new_tokens: int = _setting(256, "longest question or reply that the source writes")
@@ -311,7 +320,7 @@ _RANGES: dict[str, _Range] = {
     "alpha": _POSITIVE,
     "dropout": _FRACTION,
     "max_length": _at_least(int, 2),
-    "source_rows": _at_least(int, 0),
+    "min_rows": _at_least(int, 0),
     "max_new_tokens": _at_least(int, 1),
     "seed": _SEED,
     "store_budget_gb": _POSITIVE,

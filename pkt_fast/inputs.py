@@ -167,7 +167,7 @@ def _read(data: Any, tokenizer: Any, config: TransferConfig) -> ExampleSet | lis
 
     Bad data is found here, before a model is loaded.
     """
-    if config.labels != "source" and config.source_rows == 0:
+    if config.labels != "source" and config.min_rows == 0:
         return encode(data, tokenizer, max_length=config.max_length, limit=config.limit)
     rows, origin = read_rows(data, limit=config.limit)
     if config.labels == "given":
@@ -191,10 +191,11 @@ def _with_written(
                 source, known, tokenizer,
                 max_new_tokens=config.max_new_tokens, batch_size=at_once, advance=update,
             )  # fmt: skip
-    if config.source_rows:
-        with phases.phase("source rows", config.source_rows) as update:
+    missing = config.min_rows - len(known)
+    if missing > 0:
+        with phases.phase("source rows", missing) as update:
             known += write_rows(
-                source, known, tokenizer, config.source_rows,
+                source, known, tokenizer, missing,
                 max_new_tokens=config.max_new_tokens, batch_size=at_once,
                 seed=config.seed, advance=update,
             )  # fmt: skip

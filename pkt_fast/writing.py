@@ -106,8 +106,8 @@ def write_rows(
         advance(len(new))
     if count and not written:
         raise ModelError(
-            f"source_rows={count}: the source wrote no usable row in {ROUNDS} rounds; give more or "
-            "longer rows, or set source_rows=0"
+            f"the source wrote none of the {count} rows that are missing, in {ROUNDS} rounds; give "
+            "more or longer rows, or set min_rows=0"
         )
     return _surest(source, written, tokenizer, count, batch_size)
 
@@ -131,8 +131,9 @@ class _Opening:
         closing = _closing(behind, tokenizer)
         if row.get("text") is None and not closing:
             raise DataError(
-                f"row {number}: source_rows needs to see where a question ends, and a "
-                "prompt/completion pair without a chat template does not show it: set source_rows=0"
+                f"row {number}: to write rows like it the source has to see where its question "
+                "ends, and a prompt/completion pair without a chat template does not show it: "
+                "set min_rows=0"
             )
         head = open_ids(before, tokenizer)
         ids = open_ids(before + words, tokenizer)
@@ -251,7 +252,7 @@ def question_of(row: Mapping[str, Any], number: int = 0) -> str:
         return str(row["prompt"])
     content = _up_to_question(row, number)[-1]["content"]
     if not isinstance(content, str):
-        raise DataError(f"row {number}: source_rows needs questions of plain text")
+        raise DataError(f"row {number}: rows are written only like questions of plain text")
     return content
 
 

@@ -269,7 +269,7 @@ def test_demo_runs_on_the_bundled_pair(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "TRAINING_ROWS", 8)
     monkeypatch.setattr(run, "MAX_NEW_TOKENS", 2)
     monkeypatch.setitem(run.TRAINING, "steps", 2)
-    monkeypatch.setitem(run.RUNS, 'preset="best"', {"preset": "best", "source_rows": 2})
+    monkeypatch.setitem(run.RUNS, 'preset="best"', {"preset": "best", "min_rows": 10})
     monkeypatch.setattr(run, "bundled_rows", lambda split: bundled_rows(split)[:8])
     assert main(["demo", "--output", str(tmp_path / "demo"), "--quiet"]) == 0
     shown = capsys.readouterr().out

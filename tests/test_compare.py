@@ -124,7 +124,7 @@ def test_scores_are_those_of_a_transfer_by_hand():
     rows = Random(5).sample(module._split(TRAIN, VALIDATION, TEST, None)["train"], 7)
     result = pkt_fast.transfer(
         source, target, rows, tokenizer=TOKENIZER, progress=False, method="sft",
-        epochs=1, batch_size=6, layers=[1], rank=2, seed=5, learning_rate=1e-3,
+        epochs=1, batch_size=6, layers=[1], rank=2, seed=5, learning_rate=1e-3, **module.STEADY,
     )  # fmt: skip
     expected = evaluate(result.model, TEST, TOKENIZER, max_new_tokens=3)
     got = found.methods[0].runs[0]
@@ -200,16 +200,39 @@ def test_all_recipes_train_for_the_same_steps_and_share_what_the_source_writes(m
     monkeypatch.setattr(module, "transfer", spy)
     monkeypatch.setattr(module, "write_rows", write)
     wider = [
-        Recipe(name, {"method": name, "source_rows": 9}, {"learning_rate": (1e-3,)})
+        Recipe(name, {"method": name, "min_rows": 16}, {"learning_rate": (1e-3,)})
         for name in ("kd", "sft")
     ]
     found = run([*wider, "paper"], tune_budget=1, epochs=2, examples=7)
     assert asked == [(9, 0), (9, 1)]
     assert {config["steps"] for _, config in seen} == {4}
     assert [len(rows) for rows, _ in seen] == [15] * 6 + [7] * 3
-    assert not any("source_rows" in config for _, config in seen)
+    assert not any("min_rows" in config for _, config in seen)
     assert all(TEST[0] not in rows for rows, _ in seen)
     assert found.settings["steps"] == 4
+
+
+def test_given_learning_rates_replace_those_of_the_recipes():
+    own = Recipe("own", {}, {"learning_rate": (0.5,)})
+    found = module.recipes(["sft", "sft+kd", "laten", own], [1e-2, 3e-2])
+    tried = {recipe.name: recipe.tuned["learning_rate"] for recipe in found}
+    assert tried["sft"] == tried["sft+kd"] == (1e-2, 3e-2)
+    assert tried["laten"] == module.RECIPES["laten"].tuned["learning_rate"]
+    assert tried["own"] == (0.5,)
+    assert found[1].tuned["label_weight"] == module.RECIPES["sft+kd"].tuned["label_weight"]
+
+
+def test_every_recipe_trains_with_the_comparison_s_settings(monkeypatch):
+    seen, real = [], module.transfer
+
+    def spy(*models_and_rows, config, **options):
+        seen.append(config)
+        return real(*models_and_rows, config=config, **options)
+
+    monkeypatch.setattr(module, "transfer", spy)
+    run(["sft"], tune_budget=1, seeds=[0], max_grad_norm=2.0)
+    assert seen[0]["learning_rate_schedule"] == "cosine"
+    assert seen[0]["max_grad_norm"] == 2.0
 
 
 def test_change_needs_the_source_before_its_fine_tuning():
@@ -226,6 +249,8 @@ def test_change_needs_the_source_before_its_fine_tuning():
         ({"tune_budget": 0}, "at least one trial"),
         ({"seeds": []}, "one seed"),
         ({"epochs": 0}, "epochs=0"),
+        ({"learning_rates": []}, "learning_rates is empty"),
+        ({"learning_rates": [1e-3, -1.0]}, "learning_rate=-1.0"),
         ({"epoch": 1}, "unknown setting 'epoch'"),
         ({"data": ROWS[:1], "validation": None, "test": None}, "too few rows"),
     ],

@@ -133,9 +133,9 @@ def test_presets():
     assert TransferConfig.make(preset="paper") == TransferConfig()
     best = TransferConfig.make(preset="best", layer_weight=1.0)
     assert (best.output_loss, best.recompose, best.layer_weight) == ("kl", "fitted", 1.0)
-    with pytest.raises(DataError, match="set source_rows=0"):  # rows without a chat template
+    with pytest.raises(DataError, match="set min_rows=0"):  # rows without a chat template
         transfer(*pair(), preset="best", epochs=1)
-    given = {"preset": "best", "source_rows": 0}
+    given = {"preset": "best", "min_rows": 0}
     history = transfer(*pair(), **given, epochs=3, layers=[1]).history
     assert {"layer_loss", "output_loss", "label_loss"} <= set(history[0])
     assert history[-1]["label_loss"] < history[0]["label_loss"]

@@ -98,7 +98,7 @@ def test_a_question_stands_between_its_beginning_and_its_end(name):
 
 def test_a_completion_without_a_template_shows_no_end():
     plain = toy_tokenizers.byte_level()
-    with pytest.raises(DataError, match="row 0: source_rows needs to see where a question ends"):
+    with pytest.raises(DataError, match=r"row 0: to write rows like it .* question ends"):
         write_rows(model(plain), [{"prompt": "q", "completion": "a"}], plain, 1, max_new_tokens=4)
 
 
@@ -158,7 +158,7 @@ def test_the_surest_rows_are_kept(monkeypatch):
 
 def test_a_source_that_writes_nothing_usable_is_refused(monkeypatch):
     scripted(monkeypatch, *[["no end"]] * writing.ROUNDS)
-    with pytest.raises(ModelError, match="source_rows=3: the source wrote no usable row"):
+    with pytest.raises(ModelError, match="the source wrote none of the 3 rows"):
         write_rows(model(CHATML), [{"messages": [ASKED, SAID]}], CHATML, 3, max_new_tokens=4)
 
 
@@ -191,15 +191,23 @@ def test_a_transfer_trains_on_what_the_source_wrote():
     options = {"progress": False, "layers": [3], "epochs": 1, "batch_size": 4, "method": "kd"}
     asked = [{"messages": row["messages"][:1]} for row in ROWS]
     result = pkt_fast.transfer(
-        *pair, asked, labels="source", source_rows=4, max_new_tokens=48, **options
+        *pair, asked, labels="source", min_rows=12, max_new_tokens=48, **options
     )
     assert result.report["data"]["rows"] == 12
     assert len(result.history) == 3
     assert {"source replies", "source rows"} <= result.report["phases"].keys()
     again = pkt_fast.transfer(
-        *pair, asked, labels="source", source_rows=4, max_new_tokens=48, **options
+        *pair, asked, labels="source", min_rows=12, max_new_tokens=48, **options
     )
     assert again.report["data"]["fingerprint"] == result.report["data"]["fingerprint"]
+
+
+def test_nothing_is_written_where_no_row_is_missing():
+    pair = (demo.source_path(), demo.target_path())
+    options = {"progress": False, "layers": [3], "epochs": 1, "batch_size": 4, "method": "kd"}
+    result = pkt_fast.transfer(*pair, ROWS, min_rows=len(ROWS), **options)
+    assert result.report["data"]["rows"] == len(ROWS)
+    assert "source rows" not in result.report["phases"]
 
 
 def test_a_malformed_row_is_named_before_anything_is_written(tmp_path):
@@ -207,7 +215,7 @@ def test_a_malformed_row_is_named_before_anything_is_written(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"messages": [{"role": "user"}]}\n')
     with pytest.raises(DataError, match=r"rows.jsonl line 2: messages\[0\] must be an object"):
-        pkt_fast.transfer(*pair, path, source_rows=2, progress=False)
+        pkt_fast.transfer(*pair, path, min_rows=4, progress=False)
     for messages in ([{"role": "user"}], "abc", [3]):
         with pytest.raises(DataError, match=r"^row 0: turns"):
             pkt_fast.transfer(*pair, [{"messages": messages}], labels="source", progress=False)
@@ -220,7 +228,7 @@ def test_steps_replace_epochs():
     assert [record["epoch"] for record in result.history] == [0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("setting", [{"labels": "none"}, {"source_rows": -1}, {"steps": 0}])
+@pytest.mark.parametrize("setting", [{"labels": "none"}, {"min_rows": -1}, {"steps": 0}])
 def test_impossible_settings_are_refused(setting):
     with pytest.raises(ConfigError, match=next(iter(setting))):
         pkt_fast.TransferConfig.make(setting)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import check_output_dir
-from ..config import TransferConfig
+from ..config import STEADY, TransferConfig
 from ..evaluation import Evaluation, evaluate
 from ..progress import Phases
 from ..transfer import TransferResult, transfer
@@ -23,7 +23,13 @@ from . import bundled_rows, load_pair, source_path, target_path
 
 TRAINING_ROWS = 32
 MAX_NEW_TOKENS = 48
-TRAINING = {"steps": 320, "batch_size": 8, "learning_rate": 3e-3, "max_new_tokens": MAX_NEW_TOKENS}
+TRAINING: dict[str, Any] = {
+    "steps": 320,
+    "batch_size": 8,
+    "learning_rate": 3e-3,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    **STEADY,
+}
 
 RUNS: dict[str, dict[str, Any]] = {
     'preset="paper"': {"preset": "paper"},
