@@ -16,13 +16,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
 from .anatomy import Anatomy, Tap
+from .config import REDUCTIONS
 from .data import IGNORE_INDEX, Batch
 from .errors import ConfigError, DataError, NumericsError
 from .lending import differentiable, frozen
 from .ops import grad_x_act
 from .ops.linear import own_products
-
-REDUCTIONS = ("absolute", "signed", "net")
 
 # Factors of the loss whose gradients float16 can hold: powers of two, so that they divide out.
 _FLOAT16_SCALES = (2.0**12, 2.0**4, 2.0**-4, 2.0**-12)
@@ -143,7 +142,7 @@ def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[tuple[GradientEdg
     An edge stays right where a block later adds to the tensor in place; a tensor would not.
     """
     tapped: list[tuple[GradientEdge, Tensor]] = []
-    handles = []
+    stack = contextlib.ExitStack()
     for layer in range(anatomy.num_layers):
         tap = anatomy.tap(layer, interface)
 
@@ -159,12 +158,9 @@ def _tapped(anatomy: Anatomy, interface: str) -> Iterator[list[tuple[GradientEdg
             activation = value.value if value.minus is None else value.value - value.minus
             tapped.append((get_gradient_edge(tap.returned(output)), activation.detach()))
 
-        handles.append(tap.module.register_forward_hook(hook, with_kwargs=True))
-    try:
+        stack.enter_context(tap.module.register_forward_hook(hook, with_kwargs=True))
+    with stack:
         yield tapped
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .anatomy import Anatomy, TapValue
+from .config import INTERFACES
 from .errors import ConfigError, NumericsError
 from .ops import capture_rows
 from .pairing import LayerPair
-
-INTERFACES = ("mlp", "attention", "block", "contribution")
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,13 @@ class _Recorder:
         layers = sorted({layer for want in wanted for layer in want.layers})
         self.taps = {layer: anatomy.tap(layer, interface) for layer in layers}
 
-    def attach(self) -> list[RemovableHandle]:
-        return [
-            tap.module.register_forward_hook(self._hook(layer), with_kwargs=True)
-            for layer, tap in self.taps.items()
-        ]
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for layer, tap in self.taps.items():
+                hook = self._hook(layer)
+                stack.enter_context(tap.module.register_forward_hook(hook, with_kwargs=True))
+            yield
 
     def _hook(self, layer: int) -> Any:
         def hook(
@@ -173,14 +173,9 @@ def record(
         raise ConfigError(f"interface={interface!r}: choose one of {', '.join(INTERFACES)}")
     acts = Activations(positions, {want.key: [] for want in wanted})
     recorder = _Recorder(Anatomy.of(model), wanted, interface, acts, normalize, dtype)
-    handles = recorder.attach()
-    try:
-        with torch.compiler.set_stance("force_eager"):  # compiled calls may skip new hooks
-            yield acts
-    finally:
-        for handle in handles:
-            handle.remove()
-        recorder.waiting.clear()
+    uncompiled = torch.compiler.set_stance("force_eager")  # compiled calls may skip new hooks
+    with recorder.attached(), uncompiled:
+        yield acts
 
 
 def capture(

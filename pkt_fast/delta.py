@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ._files import atomic_directory, local, read_object, write_json
+from .anatomy import base_model, is_transposed
 from .errors import DeltaError
 from .ops import inject_
 
@@ -257,12 +258,6 @@ def eject(model: nn.Module, *, latest: bool = False) -> int:
     return sum(map(len, undone))
 
 
-def base_model(model: nn.Module) -> nn.Module:
-    """The Transformers model inside a PEFT wrapper, or the model itself."""
-    get_base = getattr(model, "get_base_model", None)
-    return get_base() if get_base is not None and hasattr(model, "peft_config") else model
-
-
 def _plan(base: nn.Module, path: str, change: LowRank) -> tuple[Tensor, bool, LowRank]:
     """The weight that ``change`` goes into, and whether it is stored transposed (Conv1D)."""
     try:
@@ -275,7 +270,7 @@ def _plan(base: nn.Module, path: str, change: LowRank) -> tuple[Tensor, bool, Lo
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise DeltaError(f"{path} has no floating-point weight matrix to inject into")
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = is_transposed(module)
     shape = (change.up.shape[0], change.down.shape[1])
     if tuple(weight.shape) != (shape[::-1] if transposed else shape):
         raise DeltaError(

@@ -10,6 +10,7 @@ Shapes: N token rows, D hidden size, V vocabulary labels, T tokens of one sequen
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -300,18 +301,15 @@ def read_layers(
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Run the whole model; return the tapped activations (B, T, D) and the logits (B, T, V)."""
     values: dict[int, Tensor] = {}
-    handles = []
+    stack = contextlib.ExitStack()
     for layer, tap in taps.items():
 
         def hook(_m: nn.Module, args: Any, kwargs: Any, output: Any, at: int = layer) -> None:
             values[at] = taps[at].read(args, kwargs, output).tensor()
 
-        handles.append(tap.module.register_forward_hook(hook, with_kwargs=True))
-    try:
+        stack.enter_context(tap.module.register_forward_hook(hook, with_kwargs=True))
+    with stack:
         logits = model(**inputs, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
     return values, logits
 
 

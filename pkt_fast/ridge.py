@@ -12,12 +12,13 @@ y is h̃ at the layer's own length, h̃·‖h‖/‖h̃‖, where only h̃'s dir
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .anatomy import Anatomy
 from .config import TransferConfig
@@ -25,7 +26,7 @@ from .errors import ConfigError, ModelError, NumericsError
 from .fitting import solve_ridge
 from .methods import LoraMaker
 from .phases import layer_column, longest_first
-from .steering import Loader, MicroBatch, Record, attach_lora
+from .steering import Loader, MicroBatch, Record, attach_lora, pick_rows
 
 # --------------------------------------------------------------------------- algebra
 
@@ -151,7 +152,7 @@ class _Reader:
         found: dict[int, tuple[Tensor, Tensor]] = {}
         with contextlib.ExitStack() as stack:
             for layer, module in self.projections.items():
-                stack.enter_context(self._hook(layer, module, micro.index, found))
+                stack.enter_context(self._read_into(found, layer, module, micro.index))
             if micro.hidden is not None:
                 stack.enter_context(self.anatomy.resume_at(self.first, micro.hidden))
             inputs = {**micro.batch.model_inputs(), "use_cache": False}
@@ -159,23 +160,13 @@ class _Reader:
         return found
 
     @staticmethod
-    @contextlib.contextmanager
-    def _hook(
-        layer: int, module: nn.Module, index: Tensor, found: dict[int, tuple[Tensor, Tensor]]
-    ) -> Iterator[None]:
+    def _read_into(
+        found: dict[int, tuple[Tensor, Tensor]], layer: int, module: nn.Module, index: Tensor
+    ) -> RemovableHandle:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            found[layer] = _pick(args[0], index), _pick(output, index)
+            found[layer] = pick_rows(args[0], index), pick_rows(output, index)
 
-        handle = module.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-def _pick(value: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` of (B, T, D), or of (B·T, D) where a block flattens its tokens."""
-    return value.reshape(-1, value.shape[-1]).index_select(0, index)
+        return module.register_forward_hook(hook)
 
 
 def accumulate(

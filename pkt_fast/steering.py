@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from .anatomy import Anatomy
+from .anatomy import Anatomy, is_transposed
 from .config import TransferConfig
 from .data import IGNORE_INDEX, Batch, ExampleSet, batch_indices, collate, moved
 from .errors import ModelError, NumericsError
@@ -58,7 +59,7 @@ def attach_lora(
         lora_dropout=config.dropout,
         target_modules=names,
         task_type="CAUSAL_LM",
-        fan_in_fan_out=_transposed(anatomy.model, names),
+        fan_in_fan_out=any(is_transposed(anatomy.model.get_submodule(name)) for name in names),
     )
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -68,10 +69,6 @@ def attach_lora(
         except ValueError as error:  # a module it does not know, or one it knows to be bypassed
             raise ModelError(f"PEFT cannot adapt {type(model).__name__}: {error}") from error
     return wrapped
-
-
-def _transposed(model: nn.Module, names: Sequence[str]) -> bool:
-    return any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names)
 
 
 def adapter_parameters(model: nn.Module, layers: Sequence[int]) -> list[nn.Parameter]:
@@ -183,18 +180,18 @@ class Tail:
         inputs = {**micro.batch.model_inputs(), "use_cache": False}
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
-                stack.enter_context(self._reading(layer, values))
+                stack.enter_context(self._read_into(values, layer))
             if micro.hidden is not None:
                 stack.enter_context(self.anatomy.resume_at(self.first, micro.hidden))
             if self.needs_head:
                 head_input = stack.enter_context(self.anatomy.bypass_head())
                 self.anatomy.model(**inputs)
-                head = _pick(head_input.hidden, micro.index)
+                head = pick_rows(head_input.hidden, micro.index)
             else:
                 head = None
                 self.anatomy.run_until(max(self.layers), **inputs)
         return Rows(
-            {layer: _pick(value, micro.index) for layer, value in values.items()},
+            {layer: pick_rows(value, micro.index) for layer, value in values.items()},
             head,
             micro.labels,
             micro.starts,
@@ -220,22 +217,18 @@ class Tail:
             for block in blocks:
                 block._compiled_call_impl = None
 
-    @contextlib.contextmanager
-    def _reading(self, layer: int, values: dict[int, Tensor]) -> Iterator[None]:
+    def _read_into(self, values: dict[int, Tensor], layer: int) -> RemovableHandle:
         tap = self.anatomy.tap(layer, self.interface)
 
         def hook(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             values[layer] = tap.read(args, kwargs, output).tensor()
 
-        handle = tap.module.register_forward_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return tap.module.register_forward_hook(hook, with_kwargs=True)
 
 
-def _pick(hidden: Tensor, index: Tensor) -> Tensor:
-    return hidden.flatten(0, 1).index_select(0, index)
+def pick_rows(value: Tensor, index: Tensor) -> Tensor:
+    """Rows ``index`` of (B, T, D), or of (B·T, D) where a block flattens its tokens."""
+    return value.reshape(-1, value.shape[-1]).index_select(0, index)
 
 
 # --------------------------------------------------------------------------- training

@@ -7,6 +7,7 @@ import pytest
 import torch
 import toy_tokenizers
 from models import tiny_model
+from toy_pairs import TOKENIZER, sums
 
 from pkt_fast.analysis import (
     analyze,
@@ -21,12 +22,7 @@ from pkt_fast.delta import LayerDelta, LowRank
 from pkt_fast.errors import NumericsError, OutputError
 from pkt_fast.phases import AlignedPositions, processing_batches
 
-TOKENIZER = toy_tokenizers.byte_level(bos=False)
-ROWS = [
-    {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok"}
-    for a in range(6)
-    for b in range(4)
-]
+ROWS = sums(6, 4)
 
 
 def model(family="llama", seed=0, **options):

@@ -6,7 +6,8 @@ from models import tiny_model, token_batch
 
 from pkt_fast import capture, reference
 from pkt_fast.anatomy import Anatomy
-from pkt_fast.capture import INTERFACES, Wanted, record
+from pkt_fast.capture import Wanted, record
+from pkt_fast.config import INTERFACES
 from pkt_fast.errors import ConfigError
 from pkt_fast.pairing import LayerPair
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 import torch
-import toy_tokenizers
-from models import tiny_config, tiny_model
+from models import tiny_config
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_pairs import TOKENIZER, sized_model, sums
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -24,12 +24,7 @@ from pkt_fast import TransferConfig, cli, commands
 from pkt_fast.cli import main
 from pkt_fast.delta import LayerDelta
 
-TOKENIZER = toy_tokenizers.byte_level(bos=False)
-ROWS = [
-    {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok"}
-    for a in range(6)
-    for b in range(4)
-]
+ROWS = sums(6, 4)
 
 
 def save(model, directory, tokenizer=TOKENIZER):
@@ -39,8 +34,8 @@ def save(model, directory, tokenizer=TOKENIZER):
 
 
 def llama(seed, width, layers, vocabulary=None):
-    sizes = {"hidden_size": width, "num_hidden_layers": layers}
-    return tiny_model("llama", seed=seed, vocab_size=vocabulary or len(TOKENIZER), **sizes)
+    options = {} if vocabulary is None else {"vocab_size": vocabulary}
+    return sized_model("llama", seed, width, layers, **options)
 
 
 def write(path, rows):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-import toy_tokenizers
 from models import tiny_model
+from toy_pairs import TOKENIZER, rows, sized_model, sums
 
 import pkt_fast
 from pkt_fast import SemanticBasis, SemanticMap, reference
@@ -27,23 +27,12 @@ from pkt_fast.pairing import source_for
 from pkt_fast.phases import AlignedPositions
 from pkt_fast.vocabulary import SharedVocabulary, match_vocabularies
 
-TOKENIZER = toy_tokenizers.byte_level(bos=False)
-ROWS = [
-    {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok" * (1 + b % 2)}
-    for a in range(6)
-    for b in range(4)
-]
+ROWS = sums(6, 4)
 QUICK = {"epochs": 1, "batch_size": 12, "micro_batch_size": 6, "progress": False}
 
 
-def model(family, seed, width, layers):
-    sizes = {"gpt2": ("n_embd", "n_layer")}.get(family, ("hidden_size", "num_hidden_layers"))
-    options = dict(zip(sizes, (width, layers), strict=True))
-    return tiny_model(family, seed=seed, vocab_size=len(TOKENIZER), **options)
-
-
 def pair(family="llama"):
-    return model(family, 1, 48, 5), model(family, 2, 32, 4)
+    return sized_model(family, 1, 48, 5), sized_model(family, 2, 32, 4)
 
 
 def transfer(source, target, **options):
@@ -68,12 +57,6 @@ def paired(source, target, layers=(1, 2), interface="block", batch_size=6):
 
 def config(**options):
     return pkt_fast.TransferConfig.make(**options)
-
-
-def rows(*shape, seed=0):
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
 
 
 def layer_rows(model, layers, weight, examples, interface="block"):
@@ -495,7 +478,7 @@ def test_diagnose_says_what_the_report_will_say():
 
 def test_many_layers_are_summarised_by_their_range():
     alignments = diagnose(
-        model("llama", 1, 48, 6), model("llama", 2, 32, 5), ROWS,
+        sized_model("llama", 1, 48, 6), sized_model("llama", 2, 32, 5), ROWS,
         tokenizer=TOKENIZER, recompose="dual", layers="all", progress=False,
     )
     assert summarize(alignments).startswith("5 layers: cosine ")

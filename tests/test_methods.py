@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-import toy_tokenizers
-from models import tiny_model
 from peft import PeftModel
 from torch.nn import functional as F
+from toy_pairs import TOKENIZER, sized_model, sums
 
 import pkt_fast
 from pkt_fast import TransferConfig
@@ -19,25 +18,14 @@ from pkt_fast.methods import laten, seeking
 from pkt_fast.methods.delta_maker import low_rank
 from pkt_fast.objectives import Rows, hidden_term, learned_projection
 
-TOKENIZER = toy_tokenizers.byte_level(bos=False)
-ROWS = [
-    {"prompt": f"{a}+{b}=", "completion": f"{a + b} ok" * (1 + b % 2)}
-    for a in range(4)
-    for b in range(4)
-]
+ROWS = sums(4, 4)
 QUICK = {"epochs": 2, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 3e-3}
 OTHERS = [method for method in METHODS if method != "semalign"]
 
 
-def model(family, seed, width, layers, **options):
-    sizes = {"n_embd": width, "n_layer": layers} if family == "gpt2" else {
-        "hidden_size": width, "num_hidden_layers": layers}
-    return tiny_model(family, seed=seed, vocab_size=len(TOKENIZER), **sizes, **options)
-
-
 def pair(family="llama"):
     narrow = {} if family == "gpt2" else {"intermediate_size": 60}
-    return model(family, 1, 48, 5), model(family, 2, 32, 3, **narrow)
+    return sized_model(family, 1, 48, 5), sized_model(family, 2, 32, 3, **narrow)
 
 
 def transfer(source, target, data=ROWS, **options):
@@ -141,7 +129,7 @@ def test_presets():
     assert history[-1]["label_loss"] < history[0]["label_loss"]
     source, target = pair()
     changed = transfer(source, target, **given, epochs=1, source_base=pair()[0])
-    assert changed.history[0]["layer_loss"] == 0  # an unchanged source asks for nothing
+    assert changed.history[0]["layer_loss"] < 1e-12  # an unchanged source asks for nothing
 
 
 def test_sft_and_kd_mix():
@@ -293,9 +281,9 @@ def test_seeking_takes_its_directions_from_the_source():
 
 def test_seeking_refuses_a_source_that_does_not_fit():
     with pytest.raises(ConfigError, match="keeps the best 3 source layers"):
-        transfer(model("llama", 1, 48, 2), pair()[1], method="seeking")
+        transfer(sized_model("llama", 1, 48, 2), pair()[1], method="seeking")
     with pytest.raises(ConfigError, match="too small"):
-        transfer(model("llama", 1, 48, 4, intermediate_size=40), pair()[1], method="seeking")
+        transfer(sized_model("llama", 1, 48, 4, intermediate_size=40), pair()[1], method="seeking")
     with pytest.raises(ConfigError, match="one architecture"):
         transfer(pair("gpt2")[0], pair("llama")[1], method="seeking")
 
@@ -407,7 +395,7 @@ def test_laten_reports_what_truncation_left_out():
 
 def test_laten_refuses_what_it_cannot_read():
     with pytest.raises(ModelError, match="no single linear module"):
-        transfer(model("gemma2", 1, 48, 3), model("gemma2", 2, 48, 2), method="laten")
+        transfer(sized_model("gemma2", 1, 48, 3), sized_model("gemma2", 2, 48, 2), method="laten")
     with pytest.raises(ConfigError, match="one architecture"):
         transfer(pair("gpt2")[0], pair("llama")[1], method="laten")
     with pytest.raises(ConfigError, match="holds neurons"):

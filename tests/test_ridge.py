@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-import toy_tokenizers
 from models import tiny_model
 from peft import PeftModel
+from toy_pairs import TOKENIZER, rows, sized_model, sums
 
 import pkt_fast
 from pkt_fast.anatomy import Anatomy
@@ -16,33 +16,16 @@ from pkt_fast.pairing import source_for
 from pkt_fast.ridge import OutputMoments, output_projections, solve, truncate
 from pkt_fast.semantics import SemanticMap
 
-TOKENIZER = toy_tokenizers.byte_level(bos=False)
-ROWS = [
-    {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok" * (1 + b % 2)}
-    for a in range(6)
-    for b in range(4)
-]
+ROWS = sums(6, 4)
 SOLVE = {"solver": "ridge", "micro_batch_size": 8, "progress": False}
 
 
-def model(family, seed, width, layers):
-    sizes = {"gpt2": ("n_embd", "n_layer")}.get(family, ("hidden_size", "num_hidden_layers"))
-    options = dict(zip(sizes, (width, layers), strict=True))
-    return tiny_model(family, seed=seed, vocab_size=len(TOKENIZER), **options)
-
-
 def pair(family="llama"):
-    return model(family, 1, 48, 5), model(family, 2, 32, 4)
+    return sized_model(family, 1, 48, 5), sized_model(family, 2, 32, 4)
 
 
 def transfer(source, target, data=ROWS, **options):
     return pkt_fast.transfer(source, target, data, tokenizer=TOKENIZER, **{**SOLVE, **options})
-
-
-def rows(*shape, seed=0):
-    return torch.randn(
-        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
 
 
 def ridge_by_lstsq(u, e, penalty):
@@ -272,7 +255,7 @@ def test_interfaces_without_output_projection_are_refused(interface, solver):
 
 
 def test_a_norm_after_the_projection_is_refused():
-    source, target = model("olmo2", 1, 48, 5), model("olmo2", 2, 48, 4)
+    source, target = sized_model("olmo2", 1, 48, 5), sized_model("olmo2", 2, 48, 4)
     with pytest.raises(ModelError, match="one linear module"):
         transfer(source, target, layers=[1])
 

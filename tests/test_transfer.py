@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import toy_tokenizers
-from models import tiny_model
 from peft import PeftModel
+from toy_pairs import TOKENIZER, sized_model, sums
 
 import pkt_fast
 from pkt_fast import TransferConfig, reference
@@ -31,25 +31,12 @@ from pkt_fast.steering import (
     plan_steps,
 )
 
-TOKENIZER = toy_tokenizers.byte_level(bos=False)
-ROWS = [
-    {"prompt": f"{a}+{b}=" * (1 + a % 3), "completion": f"{a + b} ok" * (1 + b % 2)}
-    for a in range(8)
-    for b in range(5)
-]
+ROWS = sums(8, 5)
 QUICK = {"epochs": 2, "batch_size": 16, "micro_batch_size": 8, "learning_rate": 3e-3}
 
 
-def model(family, seed, width, layers, **options):
-    if family == "gpt2":
-        options |= {"n_embd": width, "n_layer": layers}
-    else:
-        options |= {"hidden_size": width, "num_hidden_layers": layers}
-    return tiny_model(family, seed=seed, vocab_size=len(TOKENIZER), **options)
-
-
 def pair(family="llama", **options):
-    return model(family, 1, 48, 6, **options), model(family, 2, 32, 4, **options)
+    return sized_model(family, 1, 48, 6, **options), sized_model(family, 2, 32, 4, **options)
 
 
 def transfer(source, target, data=ROWS, **options):
@@ -263,8 +250,8 @@ def test_a_damaged_store_is_refused(tmp_path):
 
 
 def test_padded_heads_of_different_length():
-    source = model("llama", 1, 48, 6)
-    target = model("llama", 2, 32, 4)
+    source = sized_model("llama", 1, 48, 6)
+    target = sized_model("llama", 2, 32, 4)
     target.resize_token_embeddings(len(TOKENIZER) + 3)
     result = transfer(source, target, output_loss="kl")
     assert result.report["summary"]["shared vocabulary"] == len(TOKENIZER)

@@ -22,8 +22,18 @@ model through :mod:`.rerouting`.
 """
 
 from .findings import HeadTransform
+from .linears import is_transposed
 from .model import Anatomy
+from .modules import base_model
 from .rerouting import HeadInput
-from .taps import INTERFACES, Tap, TapValue
+from .taps import Tap, TapValue
 
-__all__ = ["INTERFACES", "Anatomy", "HeadInput", "HeadTransform", "Tap", "TapValue"]
+__all__ = [
+    "Anatomy",
+    "HeadInput",
+    "HeadTransform",
+    "Tap",
+    "TapValue",
+    "base_model",
+    "is_transposed",
+]

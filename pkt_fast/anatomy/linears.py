@@ -29,10 +29,12 @@ def linear_modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
-        return True
-    # transformers' Conv1D, a linear layer with a transposed weight
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return isinstance(module, nn.Linear) or (is_transposed(module) and hasattr(module, "nf"))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a linear module stores its weight (in, out), as Transformers' Conv1D does."""
+    return type(module).__name__ == "Conv1D"
 
 
 def features(module: nn.Module) -> tuple[int, int]:

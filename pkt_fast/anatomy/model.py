@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..config import INTERFACES
 from ..errors import ConfigError, ModelError
 from . import rerouting, streams
 from .findings import HeadTransform, Structure
@@ -16,7 +17,7 @@ from .linears import linear_modules, paper_targets
 from .modules import base_model, children_at, head_of, ids_at, last_part, name_of, weight_of
 from .probe import probe
 from .rerouting import HeadInput
-from .taps import INTERFACES, Tap, block_tap, sublayer_tap
+from .taps import Tap, block_tap, sublayer_tap
 
 # Structures hold no reference to their model, so an entry goes when its model does.
 _structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()

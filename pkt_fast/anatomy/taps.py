@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from .findings import Source
 from .streams import argument, block_input, block_output, is_stream
 
-INTERFACES = ("mlp", "attention", "block", "contribution")
-"""Where a layer is read: a sublayer's output, the block's, or the block's minus its input."""
-
 
 @dataclass(frozen=True)
 class TapValue:

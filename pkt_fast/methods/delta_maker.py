@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, is_transposed
 from ..config import TransferConfig
 from ..data import Batch, Example, ExampleSet
 from ..pairing import LayerPair
@@ -86,11 +86,6 @@ class LoraMaker(DeltaMaker):
 
 
 # --------------------------------------------------------------------------- matrices
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear module stores its weight (in, out), as GPT-2's Conv1D does."""
-    return type(module).__name__ == "Conv1D"
 
 
 def oriented(module: nn.Module) -> Tensor:

@@ -93,7 +93,7 @@ def _recording(
     streams: dict[int, Tensor] = {}
     inputs: dict[tuple[int, str], Tensor] = {}
     outputs: dict[int, Tensor] = {}
-    handles = []
+    stack = contextlib.ExitStack()
     for layer, block in enumerate(anatomy.layers):
 
         def before(_m: nn.Module, args: Any, kwargs: Any, layer: int = layer) -> None:
@@ -104,8 +104,8 @@ def _recording(
             seen[layer, "attention"] = (inputs[layer, "attention"], streams[layer])
             seen[layer, "mlp"] = (inputs[layer, "mlp"], ended - outputs[layer])
 
-        handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(block.register_forward_hook(after, with_kwargs=True))
+        stack.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
+        stack.enter_context(block.register_forward_hook(after, with_kwargs=True))
         for sublayer, module in projections[layer].items():
 
             def keep(
@@ -115,12 +115,9 @@ def _recording(
                 if sublayer == "mlp":
                     outputs[layer] = output.reshape(*positions.shape, -1)[positions]
 
-            handles.append(module.register_forward_hook(keep))
-    try:
+            stack.enter_context(module.register_forward_hook(keep))
+    with stack:
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _gain(

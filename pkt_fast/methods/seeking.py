@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import Anatomy
+from ..anatomy import Anatomy, is_transposed
 from ..data import Batch
 from ..delta import LayerDelta, LowRank, inject
 from ..errors import ConfigError, NumericsError
@@ -26,7 +26,6 @@ from ..steering import adapter_parameters, attach_lora
 from .delta_maker import (
     DeltaMaker,
     MethodInputs,
-    is_transposed,
     low_rank,
     oriented,
     relative_paths,
