@@ -42,7 +42,7 @@ def attribute(
     channels, and the score is the mean over examples.
 
     Raises :class:`DataError` without a supervised token, :class:`NumericsError` when a score is not
-    finite (naming the layer) and :class:`ConfigError` for an unknown reduction.
+    finite (naming the layer) and :class:`ConfigError` for an unknown reduction or interface.
     """
     if reduction not in REDUCTIONS:
         raise ConfigError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}")

@@ -24,8 +24,9 @@ from .pairing import LayerPair
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to keep under ``key``: one layer's rows, or (1 − weight)·first + weight·second of
-    two.
+    """What to keep under ``key``: one layer's rows, or (1 − weight)·first + weight·second of two.
+
+    ``layers`` are 0-based.
     """
 
     key: int

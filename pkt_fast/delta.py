@@ -40,7 +40,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Columns of ``up``: the r of the adapter."""
         return self.down.shape[0]
 
     def matrix(self) -> Tensor:
@@ -67,8 +67,9 @@ class LayerDelta:
 
     @classmethod
     def from_peft(cls, model: nn.Module, adapter: str = "default") -> LayerDelta:
-        """Read the LoRA adapter attached to a PEFT model (tensors are detached copies on the
-        CPU).
+        """Read the LoRA adapter attached to a PEFT model; tensors are detached copies on the CPU.
+
+        Raises :class:`DeltaError` for an adapter that a plain low-rank delta cannot express.
         """
         from peft import get_peft_model_state_dict
 
@@ -245,7 +246,7 @@ def inject(
 def eject(model: nn.Module, *, latest: bool = False) -> int:
     """Undo every :func:`inject` since the last eject, bit for bit; returns the matrices restored.
 
-    With ``latest``, only the latest one.
+    With ``latest``, only the latest one.  Returns 0 when there is nothing to undo.
     """
     base = base_model(model)
     injections = _backups.get(base, [])

@@ -77,7 +77,10 @@ class Affine:
 
 
 def solve_ridge(gram: Tensor, right: Tensor, strength: float) -> Tensor:
-    """(G + λI)⁻¹·right with λ = ``strength``·tr(G)/p, for a Gram matrix G (p, p), right (p, q)."""
+    """(G + λI)⁻¹·right with λ = ``strength``·tr(G)/p, for a Gram matrix G (p, p), right (p, q).
+
+    Raises :class:`NumericsError` when there is no finite solution.
+    """
     penalty = strength * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     regular = gram + penalty * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(regular)

@@ -125,7 +125,7 @@ class HeadStatistics:
 def head_statistics(weight: Tensor, bias: Tensor | None = None) -> HeadStatistics:
     """Stream the head (V, D) once; results in float32 (float64 for a float64 head).
 
-    Raises :class:`~pkt_fast.errors.NumericsError` for a head that is not finite.
+    ``bias`` is (V,).  Raises :class:`~pkt_fast.errors.NumericsError` for a head that is not finite.
     """
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gram = streamed_gram(weight)

@@ -127,8 +127,9 @@ def load_tokenizer(
 def load_tokenizers(
     tokenizer: Any, src: Any, tgt: Any, *, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
-    """(source tokenizer, target tokenizer) from what the user gave: one for both, a pair, or
-    None.
+    """(source tokenizer, target tokenizer) from what the user gave: one for both, a pair, or None.
+
+    Raises :class:`ConfigError` for what is no tokenizer, and as :func:`load_tokenizer`.
     """
     if isinstance(tokenizer, Sequence) and not isinstance(tokenizer, str):
         if len(tokenizer) != 2:

@@ -1,4 +1,4 @@
-"""The two losses of the method (paper, section 3.4), differentiable and without an N×V tensor.
+"""The two losses of the method (paper, "training"), differentiable and without an N×V tensor.
 
 L_layer = 1 − mean cos(h_k, h̃) steers the paired layer; L_out = 1 − mean cos(z, onehot(y)) keeps
 the logits on the labels.  Both equal :mod:`pkt_fast.reference` in value and gradient.
@@ -25,7 +25,8 @@ _statistics: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], HeadSta
 def layer_cosine(hidden: Tensor, target: Tensor) -> Tensor:
     """L_layer = 1 − mean over rows of cos(hidden, target); (..., D) twice -> scalar.
 
-    Differentiable in both.  A row that is zero counts with cosine 0.
+    Differentiable in both.  A row that is zero counts with cosine 0.  Raises :class:`ConfigError`
+    when the shapes differ.
     """
     if hidden.shape != target.shape:
         raise ConfigError(
@@ -48,7 +49,10 @@ def label_cosine(
     ``hidden`` (..., D) predicts ``labels`` (...); −100 is ignored.  ``head`` is the LM-head module,
     with ``weight`` (V, D) and perhaps ``bias`` (V,).  A frozen head costs two D×D products per row
     through the statistics of :mod:`pkt_fast.heads` (computed once per head); a head that itself
-    requires gradients, or ``softcap`` > 0, takes the exact path over chunks of the vocabulary.
+    requires gradients, or ``softcap`` > 0, takes the exact path over blocks of rows.
+
+    Raises :class:`~pkt_fast.errors.DataError` for a label outside [0, V) other than −100 and
+    :class:`~pkt_fast.errors.NumericsError` for a head that is not finite.
     """
     rows = label_cosine_rows(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -69,7 +73,10 @@ def label_cosine_rows(
     label_smoothing: float = 0.0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """cos(z, onehot(y)) per row, 0 for ignored ones: (N, D), (N,) -> (N,)."""
+    """cos(z, onehot(y)) per row, 0 for ignored ones: (N, D), (N,) -> (N,).
+
+    Arguments and errors are those of :func:`label_cosine`.
+    """
     weight, bias = _weights(head)
     trains = torch.is_grad_enabled() and any(
         p.requires_grad for p in head.parameters(recurse=False)

@@ -75,7 +75,8 @@ class CoefficientMap:
     ) -> CoefficientMap:
         """Take the basis vectors of the shared ``vocabulary`` from both models.
 
-        Raises :class:`ConfigError` for another ``recompose`` or more coefficients than tokens.
+        Raises :class:`ConfigError` for another ``recompose`` or more coefficients than tokens, and
+        :class:`VocabularyError` when no token is shared.
         """
         if recompose not in COEFFICIENT_RECOMPOSITIONS:
             raise ConfigError(
@@ -291,7 +292,11 @@ def build_maps(
     fit_on: Sequence[int],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> LayerMaps:
-    """The maps that ``config.recompose`` names; fitted ones see the examples ``fit_on``."""
+    """The maps that ``config.recompose`` names; fitted ones see the examples ``fit_on``.
+
+    ``advance`` is called with the tokens that were passed.  Raises
+    :class:`~pkt_fast.errors.NumericsError` when rows are not finite or a fit has no solution.
+    """
     if config.recompose == "fitted":
         return _fitted(models, config, fit_on, advance)
     if config.recompose == "lens":
@@ -492,7 +497,10 @@ def judge_maps(
     held_out: Sequence[int],
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> list[Alignment]:
-    """Compare every map's prediction with the target's own activations on ``held_out`` examples."""
+    """Compare every map's prediction with the target's own activations on ``held_out`` examples.
+
+    One :class:`Alignment` a pair, in the order of ``models.pairs``.
+    """
     scores = {pair.target: _Score() for pair in models.pairs}
     for source, target in models.rows(held_out, False, advance):
         for layer, score in scores.items():

@@ -46,6 +46,7 @@ class Rows:
 
 
 Term = Callable[[Rows], Tensor]
+"""One loss a unit: (N,) for terms per row, (S,) for terms per sequence; differentiable."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,12 @@ class WeightedTerm:
 
 @dataclass(frozen=True, eq=False)
 class FrozenHead:
-    """An LM head with what its model does to the logits, detached from the model's other
-    weights.
+    """An LM head with what its model does to the logits, detached from the model's other weights.
+
+    Attributes:
+        weight: (V, D).
+        bias: (V,) or None.
+        transform: what turns the head's output into logits.
     """
 
     weight: Tensor
@@ -74,7 +79,11 @@ class FrozenHead:
 
     @classmethod
     def of(cls, head: nn.Module, transform: HeadTransform) -> FrozenHead:
-        """Detach the head of an anatomy."""
+        """Detach the head of an anatomy.
+
+        Raises:
+            ConfigError: what the model does to its logits is neither a scale nor a softcap.
+        """
         if not transform.exact:
             raise ConfigError(
                 "the model changes its logits in a way that is neither a scale nor a softcap; "
@@ -85,18 +94,18 @@ class FrozenHead:
         return cls(weight.detach(), None if bias is None else bias.detach(), transform)
 
     def select(self, rows: Tensor) -> FrozenHead:
-        """The head restricted to some vocabulary rows."""
+        """The head restricted to the vocabulary rows (v,), in their order."""
         rows = rows.to(self.weight.device)
         bias = None if self.bias is None else self.bias[rows]
         return FrozenHead(self.weight[rows], bias, self.transform)
 
     def scaled(self, hidden: Tensor) -> Tensor:
-        """The head's input with the logit scale folded in; exact for a head without bias."""
+        """The head's input (N, D) with the logit scale folded in; the bias has its own."""
         return hidden if self.transform.scale == 1.0 else hidden * self.transform.scale
 
     @property
     def scaled_bias(self) -> Tensor | None:
-        """The bias with the logit scale folded in."""
+        """The bias (V,) with the logit scale folded in."""
         return None if self.bias is None else self.bias * self.transform.scale
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -215,7 +224,7 @@ def label_cosine_term(head: nn.Module, transform: HeadTransform, smoothing: floa
 
 
 def cross_entropy_term(head: FrozenHead, smoothing: float) -> Term:
-    """Cross-entropy of the labels per row."""
+    """Cross-entropy of the labels per row, in nats; logits a few rows at a time."""
 
     def term(rows: Rows) -> Tensor:
         def cross_entropy(part: Tensor, at: slice) -> Tensor:
@@ -229,7 +238,11 @@ def cross_entropy_term(head: FrozenHead, smoothing: float) -> Term:
 
 
 def kl_term(target: FrozenHead, source: FrozenHead, temperature: float, kind: str) -> Term:
-    """τ²·KL between the source's and the target's output distributions per row."""
+    """τ²·divergence of the source's and the target's output distributions per row, in nats.
+
+    ``kind``: "forward" KL(source ‖ target), "reverse" KL(target ‖ source) or "jsd".  Row v of both
+    heads is the same token.
+    """
 
     def term(rows: Rows) -> Tensor:
         divergence = linear_kl(
@@ -250,7 +263,11 @@ def kl_term(target: FrozenHead, source: FrozenHead, temperature: float, kind: st
 
 
 def logit_cosine_term(target: FrozenHead, source: FrozenHead) -> Term:
-    """1 − cos(z_tgt, z_src) per row, as h_tᵀ(W_tᵀW_s)h_s / (‖R_t h_t‖·‖R_s h_s‖)."""
+    """1 − cos(z_tgt, z_src) per row, as h_tᵀ(W_tᵀW_s)h_s / (‖R_t h_t‖·‖R_s h_s‖).
+
+    Raises:
+        ConfigError: a head has a bias or a softcap.
+    """
     if (
         target.transform.softcap
         or source.transform.softcap
@@ -315,7 +332,8 @@ def training_terms(
 ) -> list[WeightedTerm]:
     """The addends of the training loss that ``config`` names, for the steered ``layers``.
 
-    ``source_size`` is D_src, the width of what the learned objectives predict.
+    ``source_size`` is D_src, the width of what the learned objectives predict.  Raises
+    :class:`ConfigError` when the output loss cannot serve the models' heads.
     """
     terms: list[WeightedTerm] = []
     if config.objective != "none" and config.layer_weight > 0:

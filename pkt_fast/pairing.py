@@ -65,7 +65,10 @@ def source_for(num_source: int, num_target: int, target: int) -> LayerPair:
 
 
 def target_for(num_source: int, num_target: int, critical: int) -> int:
-    """k† = min{k : ℓ(k) ≥ ℓ*}, or the last target layer, with ℓ(k) = max(1, ⌊L_src·k / L_tgt⌋)."""
+    """k† = min{k : ℓ(k) ≥ ℓ*}, or the last target layer, with ℓ(k) = max(1, ⌊L_src·k / L_tgt⌋).
+
+    ``critical`` and the result are 0-based.  Raises :class:`ConfigError` when it is out of range.
+    """
     _check_counts(num_source, num_target)
     _check_layer("source", critical, num_source)
     for k in range(1, num_target + 1):
@@ -91,7 +94,8 @@ def pair_by_score(
     """Pair the ``count`` target layers reached first when source layers are taken by falling score.
 
     Several critical source layers can share a target layer, so more than ``count`` source layers
-    may be looked at.  Ties go to the shallower layer.
+    may be looked at.  Ties go to the shallower layer.  Returns pairs in ascending order of target
+    layer.  Raises :class:`ConfigError` for a wrong number of scores or a count out of range.
     """
     if len(scores) != num_source:
         raise ConfigError(f"got {len(scores)} layer scores for a source of {num_source} layers")

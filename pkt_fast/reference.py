@@ -46,8 +46,8 @@ def semantic_basis(weight: Tensor) -> Tensor:
 
 
 def coefficients(hidden: Tensor, basis: Tensor) -> Tensor:
-    """A = S·h / ‖h‖ (N, V): the cosine of every row of ``hidden`` (N, D) with every basis
-    vector.
+    """The paper's a = S·h / ‖h‖ (N, V): the cosine of every row of ``hidden`` (N, D) with every
+    basis vector.
     """
     return unit_rows(hidden) @ basis.T
 
@@ -63,7 +63,7 @@ def align_frame(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Ten
 
 
 def align_dual(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Tensor:
-    """Argmin over h̃ of ‖S_tgt·h̃ − S_src·h‖: recomposition with the dual frame.
+    """The h̃ (N, D_tgt) that minimises ‖S_tgt·h̃ − S_src·h‖: recomposition with the dual frame.
 
     Unlike the frame itself, this is an exact round trip when source and target are one model.
     """
@@ -72,7 +72,7 @@ def align_dual(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Tens
 
 
 def align_logit(hidden: Tensor, source_head: Tensor, target_head: Tensor) -> Tensor:
-    """Argmin over h̃ of ‖W_tgt·h̃ − W_src·h‖: match the logits in least squares."""
+    """The h̃ (N, D_tgt) that minimises ‖W_tgt·h̃ − W_src·h‖: match the logits in least squares."""
     logits = hidden @ source_head.T
     return logits @ torch.linalg.pinv(target_head).T
 
@@ -178,7 +178,7 @@ def layer_cosine(hidden: Tensor, target: Tensor) -> Tensor:
 def head_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float = 0.0
 ) -> Tensor:
-    """Z = W·h + b, softcapped to c·tanh(z/c) when ``softcap`` c > 0 (Gemma 2)."""
+    """Logits z = W·h + b (N, V), softcapped to c·tanh(z/c) when ``softcap`` c > 0 (Gemma 2)."""
     logits = F.linear(hidden, weight, bias)
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
@@ -292,7 +292,7 @@ def inject(
 
 
 def interpolate(layers: Sequence[Tensor], lam: float) -> Tensor:
-    """H = (1−λ)·h_a + λ·h_b for a pair of source layers; the layer itself when there is one."""
+    """(1−λ)·h_a + λ·h_b for a pair of source layers; the layer itself when there is one."""
     return layers[0] if len(layers) == 1 else (1 - lam) * layers[0] + lam * layers[1]
 
 

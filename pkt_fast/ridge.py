@@ -176,7 +176,11 @@ def accumulate(
     config: TransferConfig,
     advance: Callable[[int], None] = lambda tokens: None,
 ) -> dict[int, OutputMoments]:
-    """The moments of every layer's output projection, from one pass over the examples."""
+    """The moments of every layer's output projection, from one pass over the examples.
+
+    Raises :class:`NumericsError` when activations are not finite, and what
+    :func:`output_projections` raises.
+    """
     paths = output_projections(anatomy, layers, config.interface, config.target_modules)
     reader = _Reader(
         anatomy,
@@ -219,7 +223,7 @@ def solve_layers(
 
     All layers are solved from one pass, so a layer does not see the change of those below it.
     Returns two records, before and after; their ``layer_loss`` is the mean over layers of the
-    squared error relative to the supervision.
+    squared error relative to the supervision.  Raises as :func:`accumulate`.
     """
     anatomy = Anatomy.of(model)
     moments = accumulate(anatomy, layers, loader, config, advance)

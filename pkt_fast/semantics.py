@@ -1,5 +1,5 @@
-"""Semantic basis of a model, and the map between two models' latent spaces (paper, sections
-3.1-3.2).
+"""Semantic basis of a model, and the map between two models' latent spaces (paper, "semantic
+basis" and "decompose and recompose").
 
 The paper decomposes a source activation over V basis vectors and recomposes it over V others.  Both
 steps are linear, so their product M = S_tgtᵀ·S_src (D_tgt, D_src) is built once by streaming the

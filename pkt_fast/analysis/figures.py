@@ -22,7 +22,8 @@ _LABELLED = 12  # the most rows or columns of a heatmap whose values are written
 def draw_curves(path: Path, panels: Curves, label: str) -> None:
     """One panel for each entry of ``panels``, one line over layers for each of its curves.
 
-    All panels share the vertical axis and one legend.
+    All panels share the vertical axis and one legend.  Raises
+    :class:`~pkt_fast.errors.MissingExtraError` without matplotlib.
     """
     figure, axes = _axes(len(panels), 4.2)
     low = min(0.0, *(v for curves in panels.values() for c in curves.values() for v in c))
@@ -42,7 +43,10 @@ def draw_curves(path: Path, panels: Curves, label: str) -> None:
 
 
 def draw_heatmaps(path: Path, matrices: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """One heatmap with values from 0 to 1 for each matrix; "a × b" names rows and columns."""
+    """One heatmap with values from 0 to 1 for each matrix; "a × b" names rows and columns.
+
+    Raises :class:`~pkt_fast.errors.MissingExtraError` without matplotlib.
+    """
     figure, axes = _axes(len(matrices), 3.8, integer_rows=True)
     for axis, (name, matrix) in zip(axes, matrices.items(), strict=True):
         rows, _, columns = name.partition(" × ")

@@ -43,9 +43,11 @@ class ExampleKind(Protocol):
     """Anything that draws examples."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What its problems are counted under."""
 
-    def example(self, rng: Random) -> Example: ...
+    def example(self, rng: Random) -> Example:
+        """Draw one example."""
 
 
 PROBLEMS: tuple[ExampleKind, ...] = (*ONE_STEP, *TWO_STEP)

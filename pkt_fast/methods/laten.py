@@ -203,6 +203,7 @@ class Hypernetwork(nn.Module):
         nn.init.zeros_(self.second.bias)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """Source vectors (n, D_src) as target vectors (n, D_tgt)."""
         return self.second(F.relu(self.first(vectors)))
 
 
