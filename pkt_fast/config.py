@@ -167,7 +167,7 @@ class TransferConfig:
     backend: str = _setting("auto", "implementation of the ops: " + ", ".join(BACKENDS))
     store: str = _setting("memory", "'memory', or a directory for the activation stores")
     store_budget_gb: float = _setting(
-        8.0, "activation rows kept in memory before 'memory' is refused"
+        8.0, "GB up to which 'memory' holds a store; a larger one is in a temporary directory"
     )
     log_every: int = _setting(1, "read losses from the device every so many steps")
     overwrite: bool = _setting(

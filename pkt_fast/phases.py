@@ -40,7 +40,6 @@ HEAD = "head"
 INPUT = "input"
 
 Advance = Callable[[int], None]
-RowMap = Callable[[Tensor], Tensor]
 
 
 def layer_column(target_layer: int) -> str:
