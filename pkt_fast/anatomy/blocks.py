@@ -115,8 +115,9 @@ def _width(trace: _Trace, names: Sequence[str]) -> int | None:
     if len(seen) != 1:
         return None
     shape = seen.pop()
-    fits = shape is not None and len(shape) == 3 and tuple(shape[:2]) == (ROWS, TOKENS)
-    return int(shape[2]) if shape is not None and fits else None
+    if shape is None or len(shape) != 3 or tuple(shape[:2]) != (ROWS, TOKENS):
+        return None
+    return int(shape[2])
 
 
 def _check_causal(model: nn.Module, logits: Tensor) -> None:
