@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+SOURCES: str = runpy.run_path(str(ROOT / "pkt_fast" / "_sources.py"))["digest"](CSRC)
 CUDA_ARCHS = ("80", "90", "100")
 X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
@@ -216,6 +218,7 @@ class NativeBuild(build_ext):
             "PKT_ISAS": ",".join(isas),
             "PKT_CUDA_ARCHS": ",".join(archs),
             "PKT_CUDA_VERSION": cuda.version if cuda else "",
+            "PKT_SOURCES": SOURCES,
         }
         say(
             f"compiler {facts['PKT_COMPILER']}; instruction sets {facts['PKT_ISAS']}; "
@@ -265,7 +268,7 @@ def windows_extension_arguments() -> dict[str, list[object]]:
 
     sources = [*(CSRC / "cpu").glob("*.cpp"), CSRC / "bindings.cpp"]
     facts = {"PKT_COMPILER": "MSVC", "PKT_ISAS": "baseline"}
-    facts |= {"PKT_CUDA_ARCHS": "", "PKT_CUDA_VERSION": ""}
+    facts |= {"PKT_CUDA_ARCHS": "", "PKT_CUDA_VERSION": "", "PKT_SOURCES": SOURCES}
     return {
         "sources": [str(path.relative_to(ROOT)) for path in sources],
         "include_dirs": [str(CSRC), pybind11.get_include()],

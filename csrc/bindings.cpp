@@ -187,6 +187,7 @@ py::dict build_info() {
 #endif
   info["cuda_archs"] = PKT_CUDA_ARCHS;
   info["cuda_version"] = PKT_CUDA_VERSION;
+  info["sources"] = PKT_SOURCES;
   return info;
 }
 
@@ -204,7 +205,7 @@ void check_wanted_isa() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU and CUDA kernels of pkt_fast";
   check_wanted_isa();
-  m.def("build_info", &build_info, "compiler, isas (compiled), isa (in use), openmp, cuda_archs");
+  m.def("build_info", &build_info, "compiler, isas (compiled), isa (in use), openmp, cuda_archs, cuda_version, sources (digest)");
   m.def("isa_available", &pkt::isa_available);
   m.def("vendor", &pkt::vendor, "who made the processor: intel, amd or other");
   m.def("capture_rows", &capture_rows);

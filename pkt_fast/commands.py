@@ -354,11 +354,17 @@ def _missing(packages: Sequence[str]) -> list[str]:
 
 def _build() -> dict[str, Any]:
     from .ops._registry import backend as current
-    from .ops._registry import native_module, triton_available, triton_interpreted
+    from .ops._registry import (
+        native_module,
+        stale_extension,
+        triton_available,
+        triton_interpreted,
+    )
 
     native = native_module()
+    missing = stale_extension() or "not built (no C++ compiler?)"
     return {
-        "native extension": "not built (no C++ compiler?)" if native is None else "built",
+        "native extension": missing if native is None else "built",
         **({} if native is None else {k: v or "none" for k, v in native.build_info().items()}),
         "triton": "available" if triton_available() else "not installed",
         "triton interpreter": "on" if triton_interpreted() else "off",
@@ -370,7 +376,7 @@ def _build() -> dict[str, Any]:
 def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
     """Who serves ``op`` on "cpu" and "cuda", and why."""
     from .ops._gemm import choice
-    from .ops._registry import native_module, triton_available
+    from .ops._registry import native_module, stale_extension, triton_available
 
     native = native_module()
     functions = [] if native is None else [n for n in dir(native) if not n.startswith("_")]
@@ -384,7 +390,7 @@ def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
     }
     cpu, cuda = why[devices["cpu"]], why[devices["cuda"]]
     if devices["cpu"] == "reference" and native is None:
-        cpu = "extension not built"
+        cpu = "extension out of date" if stale_extension() else "extension not built"
     if devices["cuda"] == "reference" and not triton_available():
         cuda = "Triton is not installed"
     return {**devices, "cpu_why": cpu, "cuda_why": cuda}

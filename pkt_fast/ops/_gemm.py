@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BackendError, ShapeError
 from ._native import DTYPE_CODES, may_overlap, native_kernel
-from ._registry import native_module
+from ._registry import native_module, refuse_stale, stale_extension
 
 ENVIRONMENT_VARIABLE = "PKT_FAST_GEMM"
 CHOICES = ("auto", "own", "library")
@@ -46,16 +46,19 @@ def choice() -> Choice:
     """Who multiplies float32 and float64 matrices on this machine.
 
     ``PKT_FAST_GEMM`` ("auto", "own" or "library") overrules it.  Raises
-    :class:`~pkt_fast.errors.BackendError` for another value, and for "own" without the extension.
+    :class:`~pkt_fast.errors.BackendError` for another value, and for "own" without an extension
+    that fits its sources.
     """
     wish = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     if wish not in CHOICES:
         raise BackendError(f"{ENVIRONMENT_VARIABLE}={wish!r}: choose one of {', '.join(CHOICES)}")
     native = native_module()
-    if native is None or native_kernel("gemm") is None:
+    if native is None:
         if wish == "own":
-            raise BackendError(f"{ENVIRONMENT_VARIABLE}=own: the extension is not built")
-        return Choice(False, "the extension is not built")
+            reason = stale_extension() or "the extension is not built"
+            raise BackendError(f"{ENVIRONMENT_VARIABLE}=own: {reason}")
+        state = "out of date" if stale_extension() else "not built"
+        return Choice(False, f"the extension is {state}")
     if wish != "auto":
         return Choice(wish == "own", f"{ENVIRONMENT_VARIABLE}={wish}")
     if native.build_info()["isa"] != "avx512":
@@ -69,6 +72,7 @@ def choice() -> Choice:
 
 def serves(left: Tensor, right: Tensor) -> bool:
     """Whether left·right of these operands, (N, K) and (K, M), is our kernel's to compute."""
+    refuse_stale()
     return (
         left.device.type == "cpu"
         and right.device.type == "cpu"

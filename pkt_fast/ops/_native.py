@@ -16,7 +16,7 @@ BYTES_PER_THREAD = 1 << 17
 
 
 def native_kernel(name: str) -> Any:
-    """A function of the extension; None without one, or with one built before it existed."""
+    """A function of the extension; None without one, or where it was built without this one."""
     return getattr(native_module(), name, None)
 
 

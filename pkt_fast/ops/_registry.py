@@ -10,7 +10,8 @@ four implementations with the same signature:
 
 ``auto`` takes native for CPU tensors, cuda and then Triton for GPU tensors, and the reference where
 none of them can.  For GPU tensors the preference "native" means cuda.  A fallback to the reference
-is logged once per op.
+is logged once per op.  An extension that was built from other sources than those beside the package
+(after a ``git pull``, say) is never called: where it is wanted, an error says how to rebuild it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .._sources import digest
 from ..errors import BackendError
 
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -81,12 +84,16 @@ def backend(name: str | None = None) -> BackendSetting:
 
     ``name`` is "auto", "reference", "native" or "triton".  Used in a ``with`` statement, the
     previous preference comes back at its end.  The environment variable ``PKT_FAST_BACKEND`` sets
-    the initial preference.  Raises :class:`~pkt_fast.errors.BackendError` for any other name.
+    the initial preference.  Raises :class:`~pkt_fast.errors.BackendError` for any other name, and
+    for "native" when the extension is out of date.
     """
     global _preference
     previous = _preference
     if name is not None:
-        _preference = _checked(name, "backend()")
+        _checked(name, "backend()")
+        if name == "native":
+            _refuse_stale()
+        _preference = name
     return BackendSetting(_preference, previous)
 
 
@@ -128,13 +135,50 @@ def triton_implementation(
 
 
 @functools.cache
-def native_module() -> Any | None:
-    """The compiled extension, or None when it was not built (said in ``pkt-fast info``)."""
+def _built_module() -> Any | None:
+    """The compiled extension, whatever it was built from; None when it was not built."""
     try:
         from .. import _native
     except ImportError:
         return None
     return _native
+
+
+@functools.cache
+def stale_extension() -> str | None:
+    """One line on an extension built from other sources than those here; None when it fits.
+
+    Only a source tree has sources to compare with: a wheel holds what was built together.
+    """
+    root = Path(__file__).resolve().parents[2]
+    built = _built_module()
+    if built is None or not ((root / "csrc").is_dir() and (root / "setup.py").is_file()):
+        return None
+    if built.build_info().get("sources") == digest(root / "csrc"):
+        return None
+    return (
+        f"{built.__file__} was not built from the sources in {root / 'csrc'} as they are now; "
+        f"rebuild it: pip install -e {root}"
+    )
+
+
+def native_module() -> Any | None:
+    """The compiled extension; None when it was not built or is out of date (``pkt-fast info``)."""
+    return None if stale_extension() else _built_module()
+
+
+def refuse_stale() -> None:
+    """Raise BackendError where the preference in force would use an extension out of date.
+
+    A silent fallback would be right but many times slower.
+    """
+    if _preference in ("auto", "native"):
+        _refuse_stale()
+
+
+def _refuse_stale() -> None:
+    if (reason := stale_extension()) is not None:
+        raise BackendError(f"{reason} (or use backend('reference'))")
 
 
 @functools.cache
@@ -170,6 +214,7 @@ def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) 
 
 def select(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> str:
     """The name of the implementation that serves ``op`` for ``args`` on ``device``."""
+    refuse_stale()
     entry = _ops[op]
     candidates = _candidates(device)
     for name in candidates:
