@@ -235,6 +235,11 @@ def row_major(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def packed(x: Tensor | None) -> Tensor | None:
+    """``x`` without gaps between its elements; None stays None."""
+    return None if x is None else x.contiguous()
+
+
 def near_rows(x: Tensor, count: int = 256) -> Tensor:
     """``x`` with its channels contiguous and ``count`` rows (those of a tile) in 32-bit reach."""
     return row_major(x) if x.stride(0) * count < 1 << 31 else x.contiguous()

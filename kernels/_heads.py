@@ -23,6 +23,7 @@ from ._common import (
     dot_precision,
     persistent_programs,
     power_of_two_scale,
+    size_class,
 )
 
 WORKSPACE_BYTES = 64 << 20
@@ -43,8 +44,11 @@ def tuned(kernel: Any, tiles: Mapping[bool, Sequence[Tile]], key: list[str]) -> 
 
 
 def label_chunks(rows: int, labels: int, element_size: int) -> Iterator[slice]:
-    """Runs of labels whose (rows, run) workspace stays within the budget, at least 1,024 long."""
-    fit = WORKSPACE_BYTES // max(1, rows * element_size) // SMALLEST_CHUNK * SMALLEST_CHUNK
+    """Runs of labels whose (rows, run) workspace stays within the budget, at least 1,024 long.
+
+    A run's length is a key of the tuner: it changes with the size class of the rows alone.
+    """
+    fit = WORKSPACE_BYTES // (size_class(rows) * element_size) // SMALLEST_CHUNK * SMALLEST_CHUNK
     step = max(SMALLEST_CHUNK, fit)
     for start in range(0, labels, step):
         yield slice(start, min(start + step, labels))

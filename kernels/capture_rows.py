@@ -46,6 +46,7 @@ def _capture_rows_kernel(
     Other,
     OtherMinus,
     rows,
+    available,
     width,
     tokens,
     stride_out,
@@ -67,8 +68,10 @@ def _capture_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.arange(0, BLOCK_D)
-    keep = (row < rows)[:, None] & (col < width)[None, :]
+    inside = (row < rows)[:, None] & (col < width)[None, :]
     batch = tl.load(Index + row, mask=row < rows, other=0)
+    known = ((batch >= 0) & (batch < available))[:, None]
+    keep = inside & known
     token = tl.zeros_like(batch)
     if BATCHED:
         token = batch % tokens
@@ -86,8 +89,9 @@ def _capture_rows_kernel(
     if NORMALIZE:
         x *= power_of_two_scale(tl.max(tl.abs(x), 1))[:, None]
         x *= reciprocal_norm(tl.sum(x * x, 1))[:, None]
+    x = tl.where(known, x, float("nan"))
     tl.store(
-        Out + row[:, None] * stride_out + col[None, :], x.to(Out.dtype.element_ty), mask=keep
+        Out + row[:, None] * stride_out + col[None, :], x.to(Out.dtype.element_ty), mask=inside
     )
 
 
@@ -119,7 +123,7 @@ def capture_rows(
     """Write rows ``index`` (N,) of the combined activations to ``out[offset : offset + N]``.
 
     value and its companions are (R, D) or (B, T, D), of any float dtype up to 32 bits; ``index``
-    counts rows of the flattened (B·T, D).  out is (M, D).
+    counts rows of the flattened (B·T, D), and one that does not exist gives NaN.  out is (M, D).
     """
     rows, width = index.shape[0], value.shape[-1]
     if rows == 0 or width == 0:
@@ -128,6 +132,7 @@ def capture_rows(
         None if x is None else row_major(x) for x in (value, minus, other, other_minus)
     )
     target = out[offset : offset + rows]
+    index = index.to(value.device, non_blocking=True).contiguous()
     prescale = 1.0
     if normalize:
         # A quarter keeps differences of the largest floats finite.  Of the scale the sign is left.
@@ -136,8 +141,9 @@ def capture_rows(
     block_n, block_d = _tile(width)
     with device_of(value):
         _capture_rows_kernel[(triton.cdiv(rows, block_n),)](
-            target, index.contiguous(), value, minus, other, other_minus,
-            rows, width, value.shape[1] if value.dim() == 3 else 1, target.stride(0),
+            target, index, value, minus, other, other_minus, rows,
+            value.shape[:-1].numel(), width, value.shape[1] if value.dim() == 3 else 1,
+            target.stride(0),
             *_strides(value), *_strides(minus), *_strides(other), *_strides(other_minus),
             float(lam), float(scale),
             NORMALIZE=normalize,
@@ -166,6 +172,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "Index": "*i64:16",
                 **types,
                 "rows": "i32:16",
+                "available": "i32:16",
                 "width": "i32:16",
                 "tokens": "i32:16",
                 "stride_out": "i32:16",

@@ -7,7 +7,7 @@
 Runs are multiplied by the target's basis with a library product and added up, so softmax needs
 one stream, as flash attention does, and the output may be of any width.  top_k streams twice: first
 the k-th magnitude of every row, merged over the runs, then the coefficients that reach it.  Both
-streams run the same kernel on the same runs, so a coefficient has the same bits in both.
+streams run the same kernel with the same tile, so a coefficient has the same bits in both.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _coefficient_kernel(
     )  # fmt: skip
     a *= tl.load(Inverse + row, mask=keep, other=0.0)[:, None]
     if Cut is not None:
-        a = tl.where(tl.abs(a) >= tl.load(Cut + row, mask=keep, other=0.0)[:, None], a, 0.0)
+        a = tl.where(tl.abs(a) < tl.load(Cut + row, mask=keep, other=0.0)[:, None], 0.0, a)
     tl.store(
         Out + tl.cast(row, tl.int64)[:, None] * labels + label[None, :],
         a.to(Out.dtype.element_ty),
@@ -163,6 +163,7 @@ def decompose(
     dtype = torch.bfloat16 if half else torch.float32
     options = operands(hidden.dtype, source_basis.dtype)
     kernel = _coefficients[widened(hidden.dtype, source_basis.dtype)]
+    tile: dict[str, object] = {}
 
     def coefficients(chunk: slice, cut: Tensor | None, dtype: torch.dtype) -> Tensor:
         run = chunk.stop - chunk.start
@@ -171,7 +172,7 @@ def decompose(
             lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]), triton.cdiv(run, meta["BLOCK_V"]))
         ](
             hidden, source_basis[chunk], scale, inverse, cut, out, rows, run, width,
-            hidden.stride(0), source_basis.stride(0), **options,
+            hidden.stride(0), source_basis.stride(0), **options, **tile,
         )  # fmt: skip
         return out
 
@@ -199,6 +200,8 @@ def decompose(
                 best = torch.cat([best, coefficients(chunk, None, torch.float32).abs_()], dim=1)
                 best = best.topk(min(k, best.shape[1]), dim=1, sorted=False).values
             cut = best.amin(1)
+            # Tuned by itself, the launch with a cut could take a tile that adds in another order.
+            kernel, tile = kernel.fn, kernel.best_config.all_kwargs()
         for chunk in chunks:
             total += coefficients(chunk, cut, dtype) @ target_basis[chunk].to(dtype)
     return total.to(hidden.dtype)

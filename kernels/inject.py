@@ -39,6 +39,9 @@ from ._common import (
 # several small programs keep more loads in flight than one large one.
 _BLOCK_I, _BLOCK_J, _WARPS, _PROGRAMS = 64, 64, 4, 4
 
+# Of the rank at a time.  Longer float32 slices of the factors, times three TF32 products, spill.
+_BLOCK_R = 16
+
 # A matrix in the table: addresses of W, its backup and both factors; W's rows and columns, rank,
 # position in the list; strides of W's rows, the backup's rows, (i, r) of the left factor and (r,
 # j) of the right one.
@@ -194,7 +197,6 @@ def _launch(
     tiles = sum(
         triton.cdiv(w.shape[0], _BLOCK_I) * triton.cdiv(w.shape[1], _BLOCK_J) for w in weights
     )
-    ranks = triton.next_power_of_2(max(p.shape[1] for p in left))
     factor = left[0].dtype
     with device_of(like):
         _inject_kernel[(persistent_programs(like, tiles, _PROGRAMS),)](
@@ -212,7 +214,7 @@ def _launch(
             INTERPRETED=INTERPRETED,
             BLOCK_I=_BLOCK_I,
             BLOCK_J=_BLOCK_J,
-            BLOCK_R=min(64, max(16, ranks)),
+            BLOCK_R=_BLOCK_R,
             num_warps=_WARPS,
         )  # fmt: skip
 
@@ -287,7 +289,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "INTERPRETED": False,
                 "BLOCK_I": _BLOCK_I,
                 "BLOCK_J": _BLOCK_J,
-                "BLOCK_R": max(16, rank),
+                "BLOCK_R": _BLOCK_R,
             },
             num_warps=_WARPS,
             kind="bytes",

@@ -28,6 +28,7 @@ from ._common import (
     dot_precision,
     is_hip,
     near_rows,
+    packed,
     reciprocal_norm,
     row_major,
     size_class,
@@ -303,6 +304,7 @@ def label_cosine(
     if rows == 0 or width == 0:
         return cosines, gradient
     hidden, weight, labels = row_major(hidden), row_major(weight), labels.contiguous()
+    bias = packed(bias)
     factor, shift, label_sum = (x.float().contiguous() for x in (factor, shift, label_sum))
     keep_share, share, norm_t = 1.0 - smoothing, smoothing / size, target_norm(smoothing, size)
     tiles = triton.cdiv(width, _BLOCK_M)
@@ -536,6 +538,7 @@ def label_cosine_chunked(
     if rows == 0 or width == 0:
         return cosines, gradient
     hidden, weight, labels = near_rows(hidden), near_rows(weight), labels.contiguous()
+    bias = packed(bias)
     keep_share, share, norm_t = 1.0 - smoothing, smoothing / size, target_norm(smoothing, size)
     scale, of_logits, of_target = cosines.new_empty(3, rows)
     splits = label_splits(hidden, rows, size)

@@ -20,6 +20,7 @@ from ._common import (
     Target,
     device_of,
     near_rows,
+    packed,
     size_class,
 )
 from ._heads import (
@@ -332,6 +333,7 @@ def linear_kl(
     if rows == 0:
         return values, gradient
     ht, wt, hs, ws = map(near_rows, (target_hidden, target_head, source_hidden, source_head))
+    biases = packed(target_bias), packed(source_bias)
     wide = widened(ht.dtype, wt.dtype) or widened(hs.dtype, ws.dtype)
     options = {
         "CAPPED_T": target_softcap > 0,
@@ -351,7 +353,7 @@ def linear_kl(
         )  # fmt: skip
 
     def heads(labels: slice) -> tuple[Tensor | None, ...]:
-        bias_t, bias_s = (None if b is None else b[labels] for b in (target_bias, source_bias))
+        bias_t, bias_s = (None if b is None else b[labels] for b in biases)
         return ht, wt[labels], bias_t, hs, ws[labels], bias_s
 
     labels = wt.shape[0]

@@ -35,7 +35,20 @@ _BLOCK_T = 32  # tokens of a tile; fixed, because the launch counts tiles per se
 _TILES = [
     Tile({"BLOCK_K": k}, warps, stages) for k, warps, stages in ((64, 8, 1), (32, 8, 2), (32, 4, 1))
 ]
-_CHANNELS, _TOKENS = 256, 32
+_CHANNELS = 256
+
+
+@triton.jit
+def _tokens(X, first, tokens, col, width, stride, BLOCK_T: tl.constexpr):
+    """A tile of a sequence's tokens and channels in float32, 0 outside, and where it is inside.
+
+    Addresses are a 64-bit origin and 32-bit offsets within the tile.
+    """
+    token = tl.arange(0, BLOCK_T)
+    mask = (first + token < tokens)[:, None] & (col < width)[None, :]
+    X += tl.cast(first, tl.int64) * stride
+    x = tl.load(X + token[:, None] * stride + col[None, :], mask=mask, other=0.0)
+    return x.to(tl.float32), mask
 
 
 @triton.jit
@@ -53,9 +66,7 @@ def _mean_kernel(
     mean = tl.zeros((BLOCK_D,), tl.float32)
     largest = tl.zeros((BLOCK_D,), tl.float32)
     for t in range(0, tokens, BLOCK_T):
-        token = t + tl.arange(0, BLOCK_T)
-        mask = (token < tokens)[:, None] & (col < width)[None, :]
-        x = tl.load(X + token[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        x, _ = _tokens(X, t, tokens, col, width, stride, BLOCK_T)
         mean += tl.sum(x * share, 0)
         largest = tl.maximum(largest, tl.max(tl.abs(x), 0))
     tl.store(Mean + sequence * width + col, mean, mask=col < width)
@@ -65,9 +76,7 @@ def _mean_kernel(
 @triton.jit
 def _centred(X, Mean, first, tokens, scale, col, width, stride, BLOCK_T: tl.constexpr):
     """s·(x − mean) of a tile of a sequence's tokens and channels; 0 outside."""
-    token = first + tl.arange(0, BLOCK_T)
-    mask = (token < tokens)[:, None] & (col < width)[None, :]
-    x = tl.load(X + token[:, None] * stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    x, mask = _tokens(X, first, tokens, col, width, stride, BLOCK_T)
     mean = tl.load(Mean + col, mask=col < width, other=0.0)
     return tl.where(mask, (x - mean[None, :]) * scale, 0.0)
 
@@ -224,7 +233,7 @@ def relation(
     count, rows = starts.shape[0] - 1, x.shape[0]
     if count == 0 or rows == 0 or x.shape[1] == 0 or y.shape[1] == 0:
         return outputs
-    x, y, starts = near_rows(x, rows), near_rows(y, rows), starts.contiguous()
+    x, y, starts = near_rows(x, _BLOCK_T), near_rows(y, _BLOCK_T), starts.contiguous()
     lengths = starts.diff()
     first_tile = torch.zeros_like(starts)
     torch.cumsum((lengths + _BLOCK_T - 1) // _BLOCK_T, 0, out=first_tile[1:])
@@ -264,7 +273,7 @@ def _means(x: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
     mean = x.new_empty(count, width, dtype=torch.float32)
     largest = mean.new_empty(count, blocks)
     _mean_kernel[(count, blocks)](
-        x, starts, mean, largest, width, x.stride(0), blocks, BLOCK_T=_TOKENS, BLOCK_D=_CHANNELS
+        x, starts, mean, largest, width, x.stride(0), blocks, BLOCK_T=_BLOCK_T, BLOCK_D=_CHANNELS
     )
     scale = mean.new_empty(count)
     _scale_kernel[(count,)](largest, scale, blocks, BLOCK=triton.next_power_of_2(blocks))
@@ -324,7 +333,7 @@ def aot_specs(target: Target) -> list[KernelSpec]:
                 "Largest": "*fp32:16",
                 **{i: "i32:16" for i in ("width", "stride", "blocks")},
             },
-            constexprs={"BLOCK_T": _TOKENS, "BLOCK_D": _CHANNELS},
+            constexprs={"BLOCK_T": _BLOCK_T, "BLOCK_D": _CHANNELS},
             kind="bytes",
             bytes=count * tokens * width * 2,
             flops=2 * count * tokens * width,

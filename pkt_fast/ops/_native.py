@@ -25,9 +25,14 @@ def threads_for(bytes_moved: int) -> int:
     return max(1, min(torch.get_num_threads(), bytes_moved // BYTES_PER_THREAD))
 
 
+def has_contiguous_rows(x: Tensor) -> bool:
+    """Whether the elements of a row of ``x`` follow one another."""
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """``x`` itself when its last dimension is contiguous, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if has_contiguous_rows(x) else x.contiguous()
 
 
 def bytes_spanned(x: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from ..errors import BackendError, ShapeError
 from ._native import (
     DTYPE_CODES,
     cuda_kernel,
+    has_contiguous_rows,
     may_overlap,
     native_kernel,
     rows_contiguous,
@@ -53,9 +54,9 @@ def capture_rows(
 
     Raises :class:`~pkt_fast.errors.ShapeError` when shapes, dtypes or devices do not fit, when an
     index lies outside the rows, when ``out`` has no room, or when it shares memory with an input.
-    On a GPU the index is not checked, which would mean waiting for the device.  From a GPU into
-    pinned host memory the rows travel on a side stream: :func:`synchronize_captures` waits for
-    them, and a row whose index is out of range is NaN.
+    To check the index on a GPU would mean waiting for the device: there a row whose index is out of
+    range is NaN.  From a GPU into pinned host memory the rows travel on a side stream:
+    :func:`synchronize_captures` waits for them.
     """
     _capture_rows(
         out, offset, index, value, minus, other, other_minus, lam, scale, normalize
@@ -193,7 +194,7 @@ def _native_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest:
         and (value.dtype == torch.float64) == (out.dtype == torch.float64)
         and all(x is None or x.dtype == value.dtype for x in companions)
         and out.device.type == "cpu"
-        and (out.stride(1) == 1 or out.shape[1] <= 1)
+        and has_contiguous_rows(out)
     )
 
 
@@ -276,7 +277,7 @@ def _cuda_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: A
         and all(x is None or x.dtype == value.dtype for x in rest[:3])
         and out.device.type == "cpu"
         and out.is_pinned()
-        and out.stride(1) == 1
+        and has_contiguous_rows(out)
     )
 
 
@@ -315,8 +316,12 @@ if (_capture_rows_pinned := cuda_kernel("capture_rows_pinned")) is not None:
 
 
 def _triton_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:
-    """Rows that stay on the device of the activations, up to 32 bits wide."""
-    return out.device == value.device and up_to_32_bits(out, value, *rest)
+    """Rows that stay on the device of the activations, up to 32 bits wide, into contiguous ones."""
+    return (
+        out.device == value.device
+        and has_contiguous_rows(out)
+        and up_to_32_bits(out, value, *rest)
+    )
 
 
 triton_implementation("capture_rows", "capture_rows", supports=_triton_takes)

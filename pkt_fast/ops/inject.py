@@ -24,6 +24,7 @@ from ._native import (
     accumulator,
     bytes_spanned,
     cuda_kernel,
+    has_contiguous_rows,
     may_overlap,
     native_kernel,
     threads_for,
@@ -230,16 +231,12 @@ def _inject_reference(
 # --------------------------------------------------------------------------- native and CUDA
 
 
-def _rows_contiguous(x: Tensor) -> bool:
-    return x.stride(1) == 1 or x.shape[1] <= 1
-
-
 def _native_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
     """Everything on the CPU, rows of weights and backups contiguous."""
     lora_a, lora_b, _, _, backups, _ = rest
     return all(
         x.dtype in DTYPE_CODES and x.device.type == "cpu" for x in (*weights, *lora_a, *lora_b)
-    ) and all(map(_rows_contiguous, (*weights, *backups)))
+    ) and all(map(has_contiguous_rows, (*weights, *backups)))
 
 
 def _cuda_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
@@ -251,7 +248,7 @@ def _cuda_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
             x.dtype in DTYPE_CODES and x.dtype != torch.float64 and x.device == weights[0].device
             for x in weights
         )
-        and all(map(_rows_contiguous, (*weights, *backups)))
+        and all(map(has_contiguous_rows, (*weights, *backups)))
     )
 
 
@@ -330,7 +327,7 @@ def _triton_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
     """Up to 32 bits wide, rows of weights and backups contiguous."""
     lora_a, lora_b, _, _, backups, _ = rest
     return all(x.dtype != torch.float64 for x in (*weights, *lora_a, *lora_b)) and all(
-        map(_rows_contiguous, (*weights, *backups))
+        map(has_contiguous_rows, (*weights, *backups))
     )
 
 

@@ -19,6 +19,10 @@ relations = pytest.importorskip("pkt_fast.kernels.relation")
 divergence = pytest.importorskip("pkt_fast.kernels.linear_kl")
 
 KINDS = ["forward", "reverse", "jsd"]
+GAPPED = {
+    "strided": lambda size, device: torch.randn(size, 3, device=device)[:, 1],
+    "expanded": lambda size, device: torch.randn(1, device=device).expand(size),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +30,17 @@ def _several_chunks(monkeypatch):
     """Small workspaces: every stream over the labels is cut into runs of 160."""
     monkeypatch.setattr(heads, "SMALLEST_CHUNK", 160)
     monkeypatch.setattr(heads, "WORKSPACE_BYTES", 1)
+
+
+def test_runs_of_labels_change_with_the_size_class_of_the_rows_alone(monkeypatch):
+    """Their lengths are keys of the tuner, which would time its list for every new length."""
+    monkeypatch.setattr(heads, "SMALLEST_CHUNK", 1024)
+    monkeypatch.setattr(heads, "WORKSPACE_BYTES", 64 << 20)
+    counts = (513, 700, 1000, 1024)
+    first, *others = [list(heads.label_chunks(count, 151_936, 4)) for count in counts]
+    assert all(runs == first for runs in others)
+    assert max(run.stop - run.start for run in first) * 1024 * 4 <= heads.WORKSPACE_BYTES
+    assert first[-1].stop == 151_936
 
 
 def gradient_of(values, inputs):
@@ -112,6 +127,14 @@ def test_label_cosine_of_singular_heads_and_row_strides(softcap, device):
     target = torch.randint(60, (9,), device=device)
     hidden = rows(9, 70, torch.float32, device, strided=True)
     check_label_cosine(hidden, target, weight, None, 0.0, softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("form", GAPPED)
+def test_label_cosine_of_a_bias_with_gaps(form, softcap, device):
+    weight, hidden = rows(130, 70, torch.float32, device), rows(9, 70, torch.float32, device)
+    target = torch.randint(130, (9,), device=device)
+    check_label_cosine(hidden, target, weight, GAPPED[form](130, device), 0.1, softcap)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -227,6 +250,37 @@ def test_decompose_keeps_ties_across_runs(device):
     assert_close(out[0], expected, bound(torch.float32, 20, 16.0))
 
 
+def test_decompose_takes_one_tile_for_both_streams_of_top_k(device, monkeypatch):
+    """A tuner that prefers its first tile when it times the first launch, and its second after."""
+    import triton
+
+    times = iter([1.0, 2.0, 2.0, 1.0])
+    configs = [
+        triton.Config({"BLOCK_N": 32, "BLOCK_V": 64, "BLOCK_K": k}, num_warps=4) for k in (16, 32)
+    ]
+    tuner = triton.autotune(configs, key=["width"], do_bench=lambda call, quantiles: next(times))(
+        decomposition._coefficient_kernel
+    )
+    monkeypatch.setitem(decomposition._coefficients, True, tuner)
+    source, target = (reference.unit_rows(torch.randn(301, d, device=device)) for d in (70, 20))
+    hidden = rows(9, 70, torch.float32, device)
+    out = decomposition.decompose(hidden, source, target, "top_k", 1.0, 4, 0.0)
+    assert len(tuner.cache) == 1
+    expected = reference.decompose_nonlinear(
+        hidden.double(), source.double(), target.double(), kind="top_k", k=4
+    )
+    assert_close(out, expected, bound(torch.float32, 70), scale=4.0)
+
+
+@pytest.mark.parametrize("kind", ["softmax", "top_k", "threshold"])
+def test_decompose_does_not_hide_nan(kind, device):
+    source, target = (reference.unit_rows(torch.randn(130, d, device=device)) for d in (33, 20))
+    hidden = rows(3, 33, torch.float32, device)
+    hidden[1, 4] = float("nan")
+    out = decomposition.decompose(hidden, source, target, kind, 0.1, 3, 0.2)
+    assert out.isnan().all(1).tolist() == [False, True, False]
+
+
 def test_decompose_of_rows_far_apart(device):
     hidden = far_apart(4, 40, 1 << 30, device)
     source, target = (rows(130, d, torch.float16, device) for d in (40, 20))
@@ -300,9 +354,11 @@ def test_relation_of_constant_and_huge_sequences(device):
     assert (outputs[3][:2] == 0).all()
 
 
-def test_relation_of_rows_far_apart(device):
-    x, y = far_apart(4, 9, 1 << 30, device), rows(4, 5, torch.float16, device)
-    starts = torch.tensor([0, 4], device=device)
+@pytest.mark.parametrize(("count", "stride"), [(4, 1 << 30), (70, 1 << 25)])
+def test_relation_of_rows_far_apart(count, stride, device):
+    """Rows of one tile, which are copied, and tiles of one sequence beyond 32-bit reach."""
+    x, y = far_apart(count, 9, stride, device), rows(count, 5, torch.float16, device)
+    starts = torch.tensor([0, count], device=device)
     near, far = (relations.relation(z, y, starts, True) for z in (x.clone(), x))
     for actual, expected in zip(far, near, strict=True):
         assert torch.equal(actual, expected)
@@ -356,6 +412,14 @@ def kl_inputs(count, labels, widths, dtype, device, bias=True, size=1.0):
 @pytest.mark.parametrize("shape", [(1, 5, (3, 4)), (70, 301, (40, 70)), (64, 128, (64, 32))])
 def test_linear_kl(dtype, kind, shape, device):
     check_linear_kl(kl_inputs(*shape, dtype, device, bias=shape[0] == 70), kind=kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", GAPPED)
+def test_linear_kl_of_biases_with_gaps(form, kind, device):
+    *inputs, _, _ = kl_inputs(9, 301, (20, 33), torch.float32, device)
+    biases = [GAPPED[form](301, device) for _ in range(2)]
+    check_linear_kl((*inputs, *biases), kind=kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)

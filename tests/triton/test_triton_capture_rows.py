@@ -5,6 +5,7 @@ import torch
 from kernel_checks import DTYPES, assert_close, bound, extreme_rows, far_apart, poison, rows
 
 from pkt_fast import reference
+from pkt_fast.errors import BackendError
 
 kernel = pytest.importorskip("pkt_fast.kernels.capture_rows")
 
@@ -102,6 +103,26 @@ def test_offsets_beyond_32_bits(device):
     index = torch.tensor([3, 0, 2], device=device)
     got = capture(3, index, value, normalize=True)
     assert_close(got, expect(index, value, normalize=True), bound(torch.float16, 40))
+
+
+def test_an_index_out_of_range_gives_nan(device):
+    value = rows(9, 40, torch.float32, device).view(3, 3, 40)
+    index = torch.tensor([8, -1, 9, 1 << 40, 0], device=device)
+    out = poison(5, 40, dtype=torch.float32, device=device)
+    kernel.capture_rows(out, 0, index, value, None, None, None, 0.0, 1.0, True)
+    assert out.isnan().all(1).tolist() == [False, True, True, True, False]
+    assert_close(out[::4], expect(index[::4], value, normalize=True), bound(torch.float32, 40))
+
+
+def test_a_store_with_gaps_between_channels_is_left_to_the_reference(device):
+    from pkt_fast.ops import _registry
+
+    value, index = rows(3, 8, torch.float32, device), torch.arange(3, device=device)
+    rest = (0, index, value, None, None, None, 0.0, 1.0, False)
+    with _registry.backend("triton"):
+        assert _registry.select("capture_rows", device, (value.new_empty(3, 8), *rest)) == "triton"
+        with pytest.raises(BackendError, match="capture_rows"):
+            _registry.select("capture_rows", device, (value.new_empty(8, 3).T, *rest))
 
 
 def test_no_rows(device):
