@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from .anatomy import Anatomy, Tap
 from .config import REDUCTIONS
-from .data import IGNORE_INDEX, Batch
+from .data.batches import Batch
+from .data.examples import IGNORE_INDEX
 from .errors import ConfigError, DataError, NumericsError
 from .lending import differentiable, frozen
 from .ops import grad_x_act

@@ -25,7 +25,8 @@ from .anatomy import Anatomy
 from .attribution import attribute
 from .cli import settings_of
 from .config import TransferConfig
-from .data import encode, read_rows
+from .data.encoding import encode
+from .data.reading import read_rows
 from .delta import LayerDelta, inject
 from .demo import bundled_rows
 from .errors import ConfigError, ModelError
@@ -126,7 +127,7 @@ def _attribute(args: argparse.Namespace) -> None:
     source = _load(args.source, "source", config)
     picked = examples[: config.attribution_examples]
     batches = processing_batches(
-        picked, longest_first(picked), config.micro_batch_size, pad_token_id(tokenizer)
+        picked, longest_first(picked.lengths), config.micro_batch_size, pad_token_id(tokenizer)
     )
     with _phases(args).phase("attribute", len(picked)) as update:
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from ._files import atomic_directory, check_output_dir, local, write_json
 from .config import PRESETS, STEADY, TransferConfig
-from .data import read_rows
+from .data.reading import read_rows
 from .demo import bundled_rows
 from .errors import ConfigError
 from .evaluation import agreement, evaluate

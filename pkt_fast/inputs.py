@@ -13,7 +13,10 @@ from torch import nn
 
 from .anatomy import Anatomy
 from .config import TransferConfig
-from .data import ExampleSet, check_rows, encode, read_rows
+from .data.encoding import encode
+from .data.examples import ExampleSet
+from .data.reading import read_rows
+from .data.rows import check_rows
 from .errors import ConfigError, ModelError
 from .loading import (
     check_dtype,
@@ -27,7 +30,7 @@ from .loading import (
 from .maps import check_change
 from .phases import AlignedPositions, StorePlace
 from .progress import Phases
-from .vocabulary import SharedVocabulary, match_vocabularies
+from .vocabulary import SharedVocabulary, match_vocabularies, same_tokenization
 from .writing import answer_rows, write_rows
 
 
@@ -84,7 +87,7 @@ class TransferInputs:
             tokenizers = load_tokenizers(
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code
             )
-            given = _read(data, tokenizers[1], config)
+            given = _read(data, tokenizers, config)
         with phases.phase("load", 1):
             source, target, base = _load_models(src, tgt, source_base, config, device)
         vocabulary = match_vocabularies(
@@ -95,8 +98,9 @@ class TransferInputs:
             examples = given
         else:
             rows = _with_written(given, source.to(device), tokenizers[0], config, phases)
-            examples = encode(rows, tokenizers[1], max_length=config.max_length)
+            examples = _encoded(rows, tokenizers, config)
         aligned = AlignedPositions.between(examples, *tokenizers)
+        examples.drop_text()  # only the alignment asks for it
         check_token_ids(source, aligned.examples, "source")
         check_token_ids(target, examples, "target")
         return cls(
@@ -162,13 +166,25 @@ class TransferInputs:
 # --------------------------------------------------------------------------- rows
 
 
-def _read(data: Any, tokenizer: Any, config: TransferConfig) -> ExampleSet | list[dict[str, Any]]:
+def _encoded(
+    data: Any, tokenizers: tuple[Any, Any], config: TransferConfig, limit: int | None = None
+) -> ExampleSet:
+    """``data`` in the target's tokens, with its text only where the source cuts that otherwise."""
+    alike = same_tokenization(*tokenizers)
+    return encode(
+        data, tokenizers[1], max_length=config.max_length, limit=limit, keep_text=not alike
+    )
+
+
+def _read(
+    data: Any, tokenizers: tuple[Any, Any], config: TransferConfig
+) -> ExampleSet | list[dict[str, Any]]:
     """Tokenised examples, or, where the source is to write something, the rows it adds to.
 
     Bad data is found here, before a model is loaded.
     """
     if config.labels != "source" and config.min_rows == 0:
-        return encode(data, tokenizer, max_length=config.max_length, limit=config.limit)
+        return _encoded(data, tokenizers, config, limit=config.limit)
     rows, origin = read_rows(data, limit=config.limit)
     if config.labels == "given":
         check_rows(rows, origin)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ._files import local
 from .anatomy import Anatomy
-from .data import Example
+from .data.examples import Examples
 from .errors import ConfigError, ModelError
 from .lending import eager
 
@@ -164,11 +164,11 @@ def pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
-def check_token_ids(model: nn.Module, examples: Sequence[Example], role: str) -> None:
+def check_token_ids(model: nn.Module, examples: Examples, role: str) -> None:
     """Raise :class:`ModelError` when a token of ``examples`` has no row in the model's tables."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     rows = min(len(embeddings.weight), Anatomy.of(model).vocab_size)
-    largest = max(max(example.input_ids) for example in examples)
+    largest = examples.largest_id
     if largest >= rows:
         raise ModelError(
             f"the tokenizer gives token id {largest}, the {role} has {rows} tokens: use the "

@@ -11,7 +11,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from .data import IGNORE_INDEX
+from .data.examples import IGNORE_INDEX
 from .errors import ConfigError
 from .heads import HeadStatistics, head_statistics
 from .ops import label_cosine as label_cosine_op

@@ -220,7 +220,7 @@ class PairedModels:
     def num_tokens(self, examples: Sequence[int]) -> int:
         """Tokens both models see when they run over ``examples``."""
         return sum(
-            len(side.examples[i])
+            side.examples.lengths[i]
             for side in (self.source_examples, self.target_examples)
             for i in examples
         )
@@ -229,7 +229,7 @@ class PairedModels:
         self, examples: Sequence[int], with_head: bool, advance: Callable[[int], None]
     ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Source and target rows of the same tokens, batch by batch, by column name."""
-        lengths = self.target_examples.examples
+        lengths = self.target_examples.examples.lengths
         order = [examples[i] for i in longest_first([lengths[i] for i in examples])]
         wanted = (
             [Wanted.of_pair(pair) for pair in self.pairs],

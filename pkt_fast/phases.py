@@ -13,18 +13,20 @@ import shutil
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ._files import local
 from .anatomy import Anatomy
 from .capture import Wanted, check_finite, record
-from .data import Batch, Example, ExampleSet, collate
+from .data.batches import Batch, collate
+from .data.examples import Example, Examples
 from .stores import (
     ActivationStore,
     ColumnSpec,
@@ -95,6 +97,35 @@ class StorePlace:
 # --------------------------------------------------------------------------- source pass
 
 
+class Positions(Sequence[Sequence[int]]):
+    """Token positions of every example, all in one array."""
+
+    def __init__(self, lists: Iterable[Iterable[int]]) -> None:
+        self._values, self._stops = array("i"), array("q")
+        for positions in lists:
+            self._values.extend(positions)
+            self._stops.append(len(self._values))
+
+    def __len__(self) -> int:
+        return len(self._stops)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[int]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[int] | Sequence[Sequence[int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        return self._values[self._stops[index - 1] if index else 0 : self._stops[index]]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many positions each example has."""
+        counts: list[int] = np.diff(np.asarray(self._stops), prepend=0).tolist()
+        return counts
+
+
 @dataclass(frozen=True)
 class AlignedPositions:
     """Which source position answers each supervised target position, example by example.
@@ -102,17 +133,20 @@ class AlignedPositions:
     ``positions[i]`` lists source token positions, one per supervised position of target example i.
     """
 
-    examples: Sequence[Example]
-    positions: Sequence[Sequence[int]]
+    examples: Examples
+    positions: Positions
 
     @classmethod
-    def same(cls, examples: ExampleSet) -> AlignedPositions:
+    def same(cls, examples: Examples) -> AlignedPositions:
         """Source and target tokenise alike: the supervised positions themselves."""
-        return cls(examples, [array("i", supervised_positions(example)) for example in examples])
+        numbers = range(len(examples))
+        return cls(
+            examples, Positions(examples.supervised_positions(i).tolist() for i in numbers)
+        )
 
     @classmethod
     def between(
-        cls, examples: ExampleSet, source_tokenizer: Any, target_tokenizer: Any
+        cls, examples: Examples, source_tokenizer: Any, target_tokenizer: Any
     ) -> AlignedPositions:
         """Of ``examples`` in the target's tokens, whatever the source's tokenizer."""
         if same_tokenization(source_tokenizer, target_tokenizer):
@@ -120,21 +154,18 @@ class AlignedPositions:
         return cls.across(examples, source_tokenizer)
 
     @classmethod
-    def across(cls, examples: ExampleSet, source_tokenizer: Any) -> AlignedPositions:
+    def across(cls, examples: Examples, source_tokenizer: Any) -> AlignedPositions:
         """Source and target cut the same text differently: matched by characters read."""
         source = retokenized(examples, source_tokenizer)
-        answers = map(answering_positions, examples, source)
-        return cls(source, [array("i", positions) for positions in answers])
+        positions = Positions(map(answering_positions, examples, source))
+        source.drop_text()
+        return cls(source, positions)
 
 
-def supervised_positions(example: Example) -> list[int]:
-    """Positions whose next token carries loss."""
-    return [t for t, label in enumerate(example.labels[1:]) if label != -100]
-
-
-def longest_first(examples: Sequence[Example]) -> list[int]:
+def longest_first(lengths: Sequence[int]) -> list[int]:
     """Processing order: like lengths together, the largest batch (and any lack of memory) first."""
-    return sorted(range(len(examples)), key=lambda i: (-len(examples[i]), i))
+    order: list[int] = np.argsort(-np.asarray(lengths), kind="stable").tolist()
+    return order
 
 
 def processing_batches(
@@ -166,7 +197,7 @@ def run_source(
     anatomy = Anatomy.of(model)
     device = anatomy.head.weight.device
     deepest = max((layer for want in wanted for layer in want.layers), default=-1)
-    order = longest_first(aligned.examples) if order is None else order
+    order = longest_first(aligned.examples.lengths) if order is None else order
     with torch.inference_mode(), record(model, wanted, interface) as acts:
         for number, batch in enumerate(
             processing_batches(aligned.examples, order, batch_size, pad_token_id)
@@ -214,7 +245,7 @@ def position_mask(
 
 def run_prefix(
     model: nn.Module,
-    examples: ExampleSet,
+    examples: Examples,
     first: int,
     *,
     batch_size: int,
@@ -226,7 +257,7 @@ def run_prefix(
     """
     anatomy = Anatomy.of(model)
     device = anatomy.head.weight.device
-    order = longest_first(examples)
+    order = longest_first(examples.lengths)
     with torch.inference_mode():
         for batch in processing_batches(examples, order, batch_size, pad_token_id):
             batch = batch.to(device)

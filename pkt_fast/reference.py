@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import Anatomy, Tap
-from .data import Batch
+from .data.batches import Batch
 from .pairing import LayerPair
 
 IGNORE_INDEX = -100

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import TransferConfig
-from .data import ExampleSet
+from .data.examples import ExampleSet
 from .maps import Alignment, summarize
 from .ops import served_by
 from .ops._gemm import choice

@@ -188,7 +188,7 @@ def accumulate(
         {layer: anatomy.model.get_submodule(path) for layer, path in paths.items()},
     )
     moments: dict[int, OutputMoments] = {}
-    order = longest_first(loader.examples)
+    order = longest_first(loader.examples.lengths)
     size = config.micro_batch_size
     plan = [order[start : start + size] for start in range(0, len(order), size)]
     anatomy.model.eval()

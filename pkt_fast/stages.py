@@ -214,7 +214,7 @@ def prefix_rows(inputs: TransferInputs, model: nn.Module, first: int) -> Activat
     return inputs.store_place.filled(
         "target",
         inputs.examples.lengths,
-        longest_first(inputs.examples),
+        longest_first(inputs.examples.lengths),
         {INPUT: (anatomy.hidden_size, anatomy.head.weight.dtype)},
         {
             "target": model_fingerprint(model),

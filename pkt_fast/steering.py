@@ -20,7 +20,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .anatomy import Anatomy, is_transposed
 from .config import TransferConfig
-from .data import IGNORE_INDEX, Batch, ExampleSet, batch_indices, collate, moved
+from .data.batches import Batch, collate, moved
+from .data.bucketing import batch_indices
+from .data.examples import IGNORE_INDEX, Examples
 from .errors import ModelError, NumericsError
 from .objectives import Rows, WeightedTerm
 from .phases import INPUT
@@ -110,7 +112,7 @@ class MicroBatch:
 class Loader:
     """Builds micro-batches from the stores, ahead of the training loop, in a thread."""
 
-    examples: ExampleSet
+    examples: Examples
     supervision: ActivationStore | None
     inputs: ActivationStore | None
     device: torch.device
@@ -301,7 +303,7 @@ def train(
         init_scale=_FLOAT16_SCALE,
         enabled=tail.anatomy.head.weight.dtype == torch.float16,
     )
-    counts = [example.num_supervised for example in loader.examples]
+    counts = loader.examples.num_supervised
     log = _LossLog(steps, first_step, config.log_every, on_step)
     stream = loader.stream([micro for step in steps for micro in step.micro])
     with (

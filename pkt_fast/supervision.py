@@ -64,8 +64,8 @@ def source_rows(
     columns = _columns(inputs, wanted, mapped=bool(maps), with_head=with_head)
     return inputs.store_place.filled(
         "source",
-        [len(positions) for positions in inputs.aligned.positions],
-        longest_first(inputs.aligned.examples),
+        inputs.aligned.positions.counts,
+        longest_first(inputs.aligned.examples.lengths),
         columns,
         _fingerprint(inputs, pairs if wanted else [], maps, columns),
         fill,
@@ -147,8 +147,8 @@ def _untuned_rows(
 ) -> ActivationStore:
     """Rows of an untuned model, in the order in which the source pass has them."""
     anatomy = Anatomy.of(model)
-    order = longest_first(inputs.aligned.examples)
-    tokens = sum(map(len, aligned.examples))
+    order = longest_first(inputs.aligned.examples.lengths)
+    tokens = sum(aligned.examples.lengths)
 
     def fill(store: ActivationStore) -> None:
         with (
@@ -171,7 +171,7 @@ def _untuned_rows(
     column = (anatomy.hidden_size, anatomy.head.weight.dtype)
     return inputs.store_place.filled(
         f"untuned-{kind}",
-        [len(positions) for positions in inputs.aligned.positions],
+        inputs.aligned.positions.counts,
         order,
         {layer_column(want.key): column for want in wanted},
         {

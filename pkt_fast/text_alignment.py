@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from .data import IGNORE_INDEX, Example, ExampleSet, prefix_ids, tokenize, without_gaps
+from .data.examples import IGNORE_INDEX, Example, Examples, Packed
+from .data.tokenising import prefix_ids, tokenize, without_gaps
 from .errors import DataError
 
+_AT_ONCE = 64
 
-def retokenized(examples: ExampleSet, tokenizer: Any) -> list[Example]:
+
+def retokenized(examples: Examples, tokenizer: Any) -> Examples:
     """The examples' text in the tokens of another ``tokenizer``, row by row.
 
     A token is supervised when its first character belongs to a supervised token of the original.
@@ -30,28 +33,26 @@ def retokenized(examples: ExampleSet, tokenizer: Any) -> list[Example]:
             "source and target tokenize differently, and the source's tokenizer gives no character "
             "offsets: use a fast tokenizer"
         )
-    prefix = prefix_ids(tokenizer)
-    kept = [_kept_text(example) for example in examples]
-    encoded = tokenize(tokenizer, [text for text, _ in kept], offsets=True)
-    result = []
-    for i, (example, (text, ends)) in enumerate(zip(examples, kept, strict=True)):
-        ids: list[int] = encoded["input_ids"][i]
-        table = without_gaps(encoded["offset_mapping"][i])
-        supervised = _supervised_characters(example, ends)
-        starts = np.minimum(table[:, 0], max(len(supervised) - 1, 0))
-        mask = supervised[starts] if len(supervised) else np.zeros(len(ids), dtype=bool)
-        labels = np.where(mask, ids, IGNORE_INDEX).tolist()
-        spans = [(0, 0)] * len(prefix) + list(map(tuple, table.tolist()))
-        result.append(
-            Example(
-                (*prefix, *ids),
-                (*[IGNORE_INDEX] * len(prefix), *labels),
+    prefix = np.array(prefix_ids(tokenizer), dtype=np.int64)
+    packed = Packed()
+    for start in range(0, len(examples), _AT_ONCE):
+        some = examples[start : start + _AT_ONCE]
+        kept = [_kept_text(example) for example in some]
+        encoded = tokenize(tokenizer, [text for text, _ in kept], offsets=True)
+        for i, (example, (text, ends)) in enumerate(zip(some, kept, strict=True)):
+            ids = np.array(encoded["input_ids"][i], dtype=np.int64)
+            spans = without_gaps(encoded["offset_mapping"][i])
+            supervised = _supervised_characters(example, ends)
+            starts = np.minimum(spans[:, 0], max(len(supervised) - 1, 0))
+            mask = supervised[starts] if len(supervised) else np.zeros(len(ids), dtype=bool)
+            packed.add(
+                np.r_[prefix, ids],
+                np.r_[np.zeros(len(prefix), dtype=bool), mask],
                 example.row,
                 text,
-                tuple(spans),
+                np.r_[np.zeros((len(prefix), 2), dtype=np.int64), spans],
             )
-        )
-    return result
+    return Examples(packed)
 
 
 def answering_positions(target: Example, source: Example) -> list[int]:

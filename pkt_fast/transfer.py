@@ -31,7 +31,7 @@ from ._files import atomic_directory, check_output_dir, local, write_json
 from .anatomy import Anatomy
 from .attribution import attribute
 from .config import TransferConfig
-from .data import Batch
+from .data.batches import Batch
 from .delta import LayerDelta
 from .inputs import TransferInputs
 from .lending import differentiable, lent
@@ -207,9 +207,9 @@ def _scores(inputs: TransferInputs) -> Tensor:
     """Every source layer's score on the first examples, (L_src,)."""
     config = inputs.config
     examples = inputs.aligned.examples[: config.attribution_examples]
-    order = longest_first(examples)
+    order = longest_first(examples.lengths)
     batches = processing_batches(examples, order, config.micro_batch_size, inputs.pad_token_ids[0])
-    with inputs.phases.counted("attribute", sum(map(len, examples))) as advance:
+    with inputs.phases.counted("attribute", sum(examples.lengths)) as advance:
 
         def counted() -> Iterator[Batch]:
             for batch in batches:

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import batches, encode, parse_turns, render_prompt, special_tokens
+from .data.batches import batches
+from .data.encoding import encode
+from .data.rendering import render_prompt, special_tokens
+from .data.rows import parse_turns
 from .errors import DataError, ModelError
 from .evaluation.answers import reference_reply
 from .evaluation.generation import complete, generate_replies, open_ids

@@ -6,7 +6,9 @@ import itertools
 import json
 import random
 import sys
+import tracemalloc
 import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,6 @@ import pytest
 import torch
 import toy_tokenizers as toy
 
-from pkt_fast import data as data_module
 from pkt_fast.data import (
     IGNORE_INDEX,
     Batch,
@@ -28,6 +29,7 @@ from pkt_fast.data import (
     read_rows,
     render_prompt,
 )
+from pkt_fast.data.bucketing import _least_padding
 from pkt_fast.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -792,7 +794,7 @@ def test_least_padding_is_the_optimum():
             for cut in itertools.combinations(range(1, 9), most - 1)
             if all(j - i <= size for i, j in itertools.pairwise([0, *cut, 9]))
         )
-        sizes = data_module._least_padding(np.array(lengths), size, most, 0)
+        sizes = _least_padding(np.array(lengths), size, most, 0)
         stops = [0, *itertools.accumulate(sizes)]
         got = sum((j - i) * max(lengths[i:j]) for i, j in itertools.pairwise(stops))
         assert stops[-1] == 9
@@ -821,6 +823,72 @@ def test_example_set_is_a_sequence(bare):
     assert found[-1] in found
     assert found.summary.tokens == sum(found.lengths)
     assert found.summary.supervised_tokens == sum(e.num_supervised for e in found)
+
+
+# --- held compactly -----------------------------------------------------------------------------
+
+
+def test_examples_are_what_their_arrays_say(bare):
+    found = encode([chat("q", "a b"), "naïve 🙂", {"prompt": "p", "completion": " c"}], bare)
+    assert list(found[::2]) == [found[0], found[2]]
+    assert list(found[1:]) == [found[1], found[2]]
+    assert len(found[5:]) == 0
+    assert found[-1] == found[2]
+    with pytest.raises(IndexError):
+        found[3]
+    assert found.num_supervised == tuple(example.num_supervised for example in found)
+    assert found.largest_id == max(max(example.input_ids) for example in found)
+    for i, example in enumerate(found):
+        expected = [t for t, label in enumerate(example.labels[1:]) if label != IGNORE_INDEX]
+        assert found.supervised_positions(i).tolist() == expected
+
+
+def test_text_that_is_not_kept(bare):
+    rows = [chat("q", "a b"), "some text"]
+    found, bare_tokens = encode(rows, bare), encode(rows, bare, keep_text=False)
+    assert found.fingerprint() == bare_tokens.fingerprint()
+    found.drop_text()
+    for example in (*found, *bare_tokens, *found[1:]):
+        assert (example.text, example.offsets) == ("", None)
+    assert [example.row for example in found] == [0, 1]
+
+
+def test_rows_are_asked_for_as_they_are_needed(bare):
+    """Rows that are not tokenised yet are few, however many there are."""
+    alive = weakref.WeakSet()
+
+    class Text(dict):
+        __hash__ = object.__hash__
+
+    most = 0
+
+    def rows():
+        nonlocal most
+        for i in range(1000):
+            row = Text(text=f"She has {i} apples")
+            alive.add(row)
+            most = max(most, len(alive))
+            yield row
+
+    assert len(encode(rows(), bare)) == 1000
+    assert most < 100
+
+
+def test_memory_of_examples(tmp_path, bare):
+    """Tokens take five bytes each, an example some bytes more; nothing of a row's text stays."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(chat("a " * 50, "b " * 50)) for _ in range(500)))
+    encode(path, bare, limit=1)  # what the tokenizer keeps
+    tracemalloc.start()
+    try:
+        found = encode(path, bare, keep_text=False)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    tokens = sum(found.lengths)
+    assert tokens > 50_000
+    assert kept < 5.5 * tokens + 200 * len(found) + 100_000
+    assert peak < kept + 5_000_000
 
 
 # --- the papers' splits -------------------------------------------------------------------------

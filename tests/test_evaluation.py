@@ -17,7 +17,7 @@ from pkt_fast.evaluation import agreement, evaluate, generate_replies, matches
 from pkt_fast.evaluation.answers import answer_of, reference_reply
 from pkt_fast.evaluation.generation import prompt_ids
 from pkt_fast.evaluation.harness import evaluate_tasks
-from pkt_fast.phases import AlignedPositions, supervised_positions
+from pkt_fast.phases import AlignedPositions
 from pkt_fast.vocabulary import match_vocabularies
 
 TOKENIZER = toy_tokenizers.byte_level(bos=True)
@@ -273,7 +273,7 @@ def test_agreement_aligns_texts_that_are_cut_differently():
     shared = match_vocabularies(len(TOKENIZER), len(cut_otherwise), TOKENIZER, cut_otherwise)
     kl, same, tokens = 0.0, 0, 0
     for i, example in enumerate(examples):
-        own = supervised_logits(mine, example, supervised_positions(example))
+        own = supervised_logits(mine, example, examples.supervised_positions(i))
         theirs = supervised_logits(other, aligned.examples[i], aligned.positions[i])
         own, theirs = own[:, shared.source], theirs[:, shared.target]
         kl += float(F.kl_div(own.log_softmax(-1), theirs.softmax(-1), reduction="sum"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._files import atomic_directory, local, write_json
 from ..anatomy import Anatomy
-from ..data import encode
+from ..data.encoding import encode
 from ..delta import LayerDelta
 from ..evaluation.evaluate import injected
 from ..lending import evaluating

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy
 from ..capture import capture, check_finite
-from ..data import Batch
+from ..data.batches import Batch
 from ..losses import cka
 from ..phases import position_mask
 

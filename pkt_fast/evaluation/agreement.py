@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..anatomy import Anatomy
-from ..data import collate, encode
+from ..data.batches import collate
+from ..data.encoding import encode
 from ..lending import evaluating
 from ..loading import pad_token_id
 from ..phases import AlignedPositions

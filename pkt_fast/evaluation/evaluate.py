@@ -14,7 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data import Batch, ExampleSet, batches, encode, read_rows
+from ..data.batches import Batch, batches
+from ..data.encoding import encode
+from ..data.examples import ExampleSet
+from ..data.reading import read_rows
 from ..delta import LayerDelta, eject, inject
 from ..errors import ConfigError
 from ..lending import evaluating

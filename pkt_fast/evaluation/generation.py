@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import render_prompt
+from ..data.rendering import render_prompt
 from ..loading import pad_token_id
 
 

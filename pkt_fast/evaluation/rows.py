@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anatomy import Anatomy
-from ..data import Batch
+from ..data.batches import Batch
 from ..errors import ModelError, NumericsError
 from ..phases import position_mask
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..anatomy import Anatomy, is_transposed
 from ..config import TransferConfig
-from ..data import Batch, Example, ExampleSet
+from ..data.batches import Batch
+from ..data.examples import Examples
 from ..pairing import LayerPair
 from ..phases import longest_first, processing_batches
 from ..steering import adapter_parameters, attach_lora
@@ -30,8 +31,8 @@ class MethodInputs:
     source: nn.Module
     target: nn.Module
     pairs: Sequence[LayerPair]
-    source_examples: Sequence[Example]
-    examples: ExampleSet
+    source_examples: Examples
+    examples: Examples
     pad_token_ids: tuple[int, int]
 
     def source_batches(self, count: int, size: int) -> Iterator[Batch]:
@@ -43,8 +44,8 @@ class MethodInputs:
         return _batches(self.examples[:count], size, self.pad_token_ids[1])
 
 
-def _batches(examples: Sequence[Example], size: int, pad_token_id: int) -> Iterator[Batch]:
-    return processing_batches(examples, longest_first(examples), size, pad_token_id)
+def _batches(examples: Examples, size: int, pad_token_id: int) -> Iterator[Batch]:
+    return processing_batches(examples, longest_first(examples.lengths), size, pad_token_id)
 
 
 class DeltaMaker:

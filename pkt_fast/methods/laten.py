@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..anatomy import Anatomy
-from ..data import Batch
+from ..data.batches import Batch
 from ..errors import ConfigError, ModelError
 from ..pairing import LayerPair
 from ..steering import attach_lora

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..anatomy import Anatomy, is_transposed
-from ..data import Batch
+from ..data.batches import Batch
 from ..delta import LayerDelta, LowRank, inject
 from ..errors import ConfigError, NumericsError
 from ..lending import frozen
