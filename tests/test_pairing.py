@@ -61,8 +61,9 @@ def test_layer_out_of_range_is_refused(critical):
 
 
 def test_counts_must_be_positive():
-    with pytest.raises(ConfigError, match="at least one layer"):
-        target_for(0, 3, 0)
+    for counts in ((0, 3), (3, 0)):
+        with pytest.raises(ConfigError, match="at least one layer"):
+            target_for(*counts, 0)
     with pytest.raises(ConfigError, match="scores"):
         pair_by_score(4, 2, [1.0], 1)
     with pytest.raises(ConfigError, match="num_layers=3"):

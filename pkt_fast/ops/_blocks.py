@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 from ._gemm import Part, product, serves
 
@@ -23,6 +24,37 @@ SMALLEST_PANEL, LARGEST_PANEL = 128, 512
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_outputs(hidden: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor]:
+    """Unset values (N,) and row gradients (N, D), or (0, D) when none are wanted."""
+    rows, size = hidden.shape
+    values = torch.empty(rows, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
+    return values, hidden.new_empty(rows if want_gradient else 0, size)
+
+
+def differentiable_by_row(op: CustomOpDef) -> None:
+    """Register the autograd of an op whose outputs are those of :func:`empty_outputs`.
+
+    It is differentiable in its first argument: row n's value depends on row n alone, whose gradient
+    the forward pass took while the logits were at hand.
+    """
+    op.register_autograd(_scale_row_gradient, setup_context=_keep_row_gradient)
+
+
+def _keep_row_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.others = len(inputs) - 1
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _scale_row_gradient(ctx, grad_values, _):  # type: ignore[no-untyped-def]
+    (gradient,) = ctx.saved_tensors
+    grad_hidden = None
+    if grad_values is not None and ctx.needs_input_grad[0]:
+        grad_hidden = (grad_values[:, None] * gradient).to(gradient.dtype)
+    return (grad_hidden, *([None] * ctx.others))
 
 
 def row_blocks(rows: int, row_bytes: int, budget: int | None = None) -> Iterator[slice]:

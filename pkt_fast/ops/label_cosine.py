@@ -20,6 +20,8 @@ from .. import reference
 from ..errors import ConfigError, DataError, ShapeError
 from ._blocks import (
     accumulation_dtype,
+    differentiable_by_row,
+    empty_outputs,
     floor_norm,
     no_float64,
     row_blocks,
@@ -140,28 +142,7 @@ def _(
     return empty_outputs(hidden, want_gradient)
 
 
-def empty_outputs(hidden: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Unset cosines (N,) and row gradients (N, D), or (0, D) when none are wanted."""
-    rows, size = hidden.shape
-    cosines = torch.empty(rows, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    return cosines, hidden.new_empty(rows if want_gradient else 0, size)
-
-
-def _keep_row_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _scale_row_gradient(ctx, grad_cosines, _):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
-    grad_hidden = None
-    if grad_cosines is not None and ctx.needs_input_grad[0]:
-        grad_hidden = (grad_cosines[:, None] * gradient).to(gradient.dtype)
-    return (grad_hidden, *([None] * 10))
-
-
-_label_cosine.register_autograd(_scale_row_gradient, setup_context=_keep_row_gradient)
+differentiable_by_row(_label_cosine)
 
 
 @implementation("label_cosine", "reference")

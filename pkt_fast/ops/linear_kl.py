@@ -17,7 +17,15 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ConfigError, ShapeError
-from ._blocks import accumulation_dtype, no_float64, row_blocks, times, times_transpose
+from ._blocks import (
+    accumulation_dtype,
+    differentiable_by_row,
+    empty_outputs,
+    no_float64,
+    row_blocks,
+    times,
+    times_transpose,
+)
 from ._registry import dispatch, implementation, triton_implementation
 
 KINDS = ("forward", "reverse", "jsd")
@@ -103,28 +111,7 @@ def _(
     return empty_outputs(target_hidden, want_gradient)
 
 
-def empty_outputs(hidden: Tensor, want_gradient: bool) -> tuple[Tensor, Tensor]:
-    """Unset values (N,) and row gradients (N, D), or (0, D) when none are wanted."""
-    rows, size = hidden.shape
-    values = torch.empty(rows, dtype=accumulation_dtype(hidden.dtype), device=hidden.device)
-    return values, hidden.new_empty(rows if want_gradient else 0, size)
-
-
-def _keep_row_gradient(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _scale_row_gradient(ctx, grad_values, _):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
-    grad_hidden = None
-    if grad_values is not None and ctx.needs_input_grad[0]:
-        grad_hidden = (grad_values[:, None] * gradient).to(gradient.dtype)
-    return (grad_hidden, *([None] * 10))
-
-
-_linear_kl.register_autograd(_scale_row_gradient, setup_context=_keep_row_gradient)
+differentiable_by_row(_linear_kl)
 
 
 def _scaled_logits(
