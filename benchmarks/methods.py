@@ -84,8 +84,8 @@ def _measure(setting: str, pairs: Path, methods: list[str], seeds: str, budget: 
 
 def _summary(comparison: Comparison, reference: str = "sft+kd") -> str:
     """A Markdown table by validation loss, with the paired difference to ``reference`` by seed."""
-    header = ("method", "validation", "test loss", f"minus {reference}", "token acc. %", "gap %")
-    header += ("KL to source", "top-1 %", "other text", "chosen")
+    header = ("method", "validation", "test loss", f"minus {reference}", "exact %", "token acc. %")
+    header += ("gap %", "KL to source", "top-1 %", "other text", "chosen")
     lines = [header, ("---",) * len(header)]
     by_name = {method.name: method for method in comparison.methods}
     compared = by_name[reference].runs if reference in by_name else []
@@ -100,6 +100,7 @@ def _summary(comparison: Comparison, reference: str = "sft+kd") -> str:
                 f"{method.validation_loss:.4f}",
                 _shown(method.mean("next_token_loss"), 4),
                 "" if method.name == reference else _shown(mean_interval(differences), 4),
+                _shown(method.mean("exact_match"), 1, 100),
                 _shown(method.mean("token_accuracy"), 1, 100),
                 _shown(method.mean("gap_closed"), 1, 100),
                 _shown(method.mean("source_kl"), 3),
