@@ -10,7 +10,6 @@ import toy_tokenizers
 from models import tiny_model
 
 import pkt_fast
-import pkt_fast.compare as module
 from pkt_fast import writing
 from pkt_fast.compare import (
     RECIPES,
@@ -24,6 +23,8 @@ from pkt_fast.compare import (
     recipes,
     trials,
 )
+from pkt_fast.compare import running as module
+from pkt_fast.config import STEADY
 from pkt_fast.errors import ConfigError, OutputError
 from pkt_fast.evaluation import evaluate
 
@@ -124,7 +125,7 @@ def test_scores_are_those_of_a_transfer_by_hand():
     rows = Random(5).sample(module._split(TRAIN, VALIDATION, TEST, None)["train"], 7)
     result = pkt_fast.transfer(
         source, target, rows, tokenizer=TOKENIZER, progress=False, method="sft",
-        epochs=1, batch_size=6, layers=[1], rank=2, seed=5, learning_rate=1e-3, **module.STEADY,
+        epochs=1, batch_size=6, layers=[1], rank=2, seed=5, learning_rate=1e-3, **STEADY,
     )  # fmt: skip
     expected = evaluate(result.model, TEST, TOKENIZER, max_new_tokens=3)
     got = found.methods[0].runs[0]
@@ -214,12 +215,12 @@ def test_all_recipes_train_for_the_same_steps_and_share_what_the_source_writes(m
 
 def test_given_learning_rates_replace_those_of_the_recipes():
     own = Recipe("own", {}, {"learning_rate": (0.5,)})
-    found = module.recipes(["sft", "sft+kd", "laten", own], [1e-2, 3e-2])
+    found = recipes(["sft", "sft+kd", "laten", own], [1e-2, 3e-2])
     tried = {recipe.name: recipe.tuned["learning_rate"] for recipe in found}
     assert tried["sft"] == tried["sft+kd"] == (1e-2, 3e-2)
-    assert tried["laten"] == module.RECIPES["laten"].tuned["learning_rate"]
+    assert tried["laten"] == RECIPES["laten"].tuned["learning_rate"]
     assert tried["own"] == (0.5,)
-    assert found[1].tuned["label_weight"] == module.RECIPES["sft+kd"].tuned["label_weight"]
+    assert found[1].tuned["label_weight"] == RECIPES["sft+kd"].tuned["label_weight"]
 
 
 def test_every_recipe_trains_with_the_comparison_s_settings(monkeypatch):
