@@ -155,6 +155,29 @@ void gemm(std::uintptr_t out, std::int64_t out_stride, bool wide, std::int64_t r
   pkt::kernels().gemm(job);
 }
 
+// Addresses of 0 for the slopes where none are wanted.
+void relation(const RowsArgs& x, std::int64_t x_dim, const RowsArgs& y, std::int64_t y_dim,
+              const IndexArgs& starts, bool wide, std::uintptr_t inner, std::uintptr_t norm_x,
+              std::uintptr_t norm_y, std::uintptr_t of_inner, std::uintptr_t of_norm,
+              int threads) {
+  const auto& [starts_at, count] = starts;
+  pkt::Relation job{rows_of(x),
+                    rows_of(y),
+                    x_dim,
+                    y_dim,
+                    static_cast<const std::int64_t*>(address(starts_at)),
+                    count - 1,
+                    wide,
+                    writable(inner),
+                    writable(norm_x),
+                    writable(norm_y),
+                    writable(of_inner),
+                    writable(of_norm),
+                    threads};
+  py::gil_scoped_release unlocked;
+  pkt::kernels().relation(job);
+}
+
 #if defined(PKT_HAVE_CUDA)
 
 void raise_on(const char* failure) {
@@ -213,6 +236,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("row_cosine", &row_cosine);
   m.def("inject", &inject);
   m.def("gemm", &gemm);
+  m.def("relation", &relation);
 #if defined(PKT_HAVE_CUDA)
   m.def("inject_cuda", &inject_cuda);
   m.def("capture_rows_pinned", &capture_rows_pinned);

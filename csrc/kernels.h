@@ -104,6 +104,21 @@ struct Gemm {
   int threads;
 };
 
+// Token relations of packed sequences: sequence s has the rows starts[s] to starts[s + 1], in order.
+struct Relation {
+  Rows x, y;
+  int64_t x_dim, y_dim;  // neither is zero
+  const int64_t* starts;  // (sequences + 1,)
+  int64_t sequences;
+  bool wide;  // all that follows is double, else float
+  void* inner;  // (sequences,) each
+  void* norm_x;
+  void* norm_y;
+  void* of_inner;  // the slopes (rows, x_dim), contiguous; both null when not wanted
+  void* of_norm;
+  int threads;
+};
+
 struct Kernels {
   const char* isa;
   void (*capture_rows)(const CaptureRows&);
@@ -111,6 +126,7 @@ struct Kernels {
   void (*row_cosine)(const RowCosine&);
   void (*inject)(const Inject&);
   void (*gemm)(const Gemm&);
+  void (*relation)(const Relation&);
 };
 
 // The kernels for the best instruction set of this machine, or for the one named in PKT_FAST_ISA.

@@ -457,6 +457,56 @@ def test_relation_of_constant_and_huge_sequences():
     assert (grad[:2] == 0).all()
 
 
+def test_relation_of_equal_tokens_is_nothing(implementation):
+    """Whatever their value and number: what is left beside a mean is rounding, no relation."""
+    x = torch.full((7, 40), 0.1, requires_grad=True)
+    inner, norm, _ = relation(x, torch.randn(7, 5), torch.tensor([0, 7]))
+    assert abs(inner.item()) + norm.item() < 1e-10
+    assert gradient_of(inner.sum() + norm.sum(), x, torch.ones(())).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_native_relation_of_the_largest_numbers_is_finite(dtype):
+    pytest.importorskip("pkt_fast._native")
+    largest = torch.finfo(dtype).max
+    x = torch.randn(9, 40, dtype=dtype).sign() * largest
+    y = torch.randn(9, 3, dtype=dtype) * torch.finfo(dtype).tiny
+    for a, b in ((x, y), (y, x), (x, x), (y, y)):
+        a = a.clone().requires_grad_()
+        terms = relation(a, b, torch.tensor([0, 2, 9]))
+        assert all(t.isfinite().all() for t in terms)
+        for term in terms[:2]:
+            (slope,) = torch.autograd.grad(term.sum(), a, retain_graph=True)
+            assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("starts", [[0, 300], [0, 40, 90, 91, 300], [0, *range(1, 301, 13), 300]])
+@pytest.mark.parametrize("widths", [(260, 190), (30, 20)])
+def test_relation_has_the_same_bits_on_any_number_of_threads(starts, widths):
+    x, y = (torch.randn(300, d) for d in widths)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.pkt_fast.relation(x, y, torch.tensor(starts), True))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_relation_of_strided_rows_and_mixed_dtypes(implementation):
+    x, y = torch.randn(24, 60, dtype=torch.float64)[::2, ::3], torch.randn(9, 12).bfloat16().T
+    starts = torch.tensor([0, -1, 5, -1, 12])[::2]
+    for a, b in ((x, y), (x.float(), y.double()), (x.half(), y)):
+        expected = reference_relation(a.double(), b.double(), starts.tolist())
+        work = torch.float64 if a.dtype == torch.float64 else torch.float32
+        for actual, wanted in zip(relation(a, b, starts), expected, strict=True):
+            assert actual.dtype == work
+            assert_close(actual, wanted, bound(work, 240), scale=wanted.abs() + 1)
+
+
 @pytest.mark.parametrize("starts", [[0], [0, 0], [0, 0, 0]])
 def test_relation_of_no_tokens(starts, implementation):
     terms = relation(torch.zeros(0, 3), torch.zeros(0, 2), torch.tensor(starts))

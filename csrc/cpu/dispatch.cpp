@@ -11,6 +11,7 @@
   void row_cosine(const RowCosine&);      \
   void inject(const Inject&);             \
   void gemm(const Gemm&);                 \
+  void relation(const Relation&);         \
   }
 
 namespace pkt {
@@ -21,8 +22,11 @@ PKT_DECLARE(baseline)
 
 namespace {
 
-#define PKT_KERNELS(isa) \
-  Kernels { #isa, isa::capture_rows, isa::grad_x_act, isa::row_cosine, isa::inject, isa::gemm }
+#define PKT_KERNELS(isa)                                                             \
+  Kernels {                                                                          \
+    #isa, isa::capture_rows, isa::grad_x_act, isa::row_cosine, isa::inject, isa::gemm, \
+        isa::relation                                                                \
+  }
 
 // Best first.
 const Kernels kCompiled[] = {

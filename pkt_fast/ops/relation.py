@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ShapeError
-from ._blocks import accumulation_dtype, floor_norm, no_float64, times, times_transpose
+from ._blocks import accumulation_dtype, floor_norm, no_float64
+from ._native import DTYPE_CODES, native_kernel, rows_contiguous, threads_for
 from ._registry import dispatch, implementation, triton_implementation
 
 
@@ -126,46 +127,29 @@ def _relation_reference(
     return outputs
 
 
-@implementation("relation", "native")
-def _relation_sequences(
-    x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One sequence after another, through whichever of the T×T and D×D forms is smaller.
-
-    Fourth powers beyond the dtype's range are cut off at its largest value.
-    """
-    limit = torch.finfo(accumulation_dtype(x.dtype)).max
-    outputs = inner, norm_x, norm_y, of_inner, of_norm = zero_outputs(x, starts, want_gradient)
-    for s, (start, end) in enumerate(sequences(starts, len(x))):
-        if end - start < 2:
-            continue
-        cx, size_x = _centred(x[start:end].to(inner.dtype))
-        cy, size_y = _centred(y[start:end].to(inner.dtype))
-        by_token = end - start <= max(cx.shape[1], cy.shape[1])
-        if by_token:
-            gram_x, gram_y = times_transpose(cx, cx), times_transpose(cy, cy)
-            dot = torch.linalg.vecdot(gram_x.flatten(), gram_y.flatten())
-        else:
-            gram_x, gram_y, cross = times(cx.T, cx), times(cy.T, cy), times(cy.T, cx)
-            dot = torch.linalg.vecdot(cross.flatten(), cross.flatten())
-        length = torch.linalg.vector_norm(gram_x)
-        inner[s] = (dot * size_x * size_x * size_y * size_y).clamp_max(limit)
-        norm_x[s] = (length * size_x * size_x).clamp_max(limit)
-        norm_y[s] = (torch.linalg.vector_norm(gram_y) * size_y * size_y).clamp_max(limit)
-        if want_gradient:
-            slope_inner = times(gram_y, cx) if by_token else times(cy, cross)
-            slope_norm = times(gram_x, cx) if by_token else times(cx, gram_x)
-            factor = (2 * size_x * size_y * size_y).clamp_max(limit)
-            torch.mul(slope_inner, factor, out=of_inner[start:end])
-            torch.mul(slope_norm, 2 * size_x / floor_norm(length), out=of_norm[start:end])
-    return outputs
+def _native_takes(x: Tensor, y: Tensor, *rest: object) -> bool:
+    """The dtypes of :data:`DTYPE_CODES`, in any mixture; rows of at least one element."""
+    return x.dtype in DTYPE_CODES and y.dtype in DTYPE_CODES and x.shape[1] * y.shape[1] > 0
 
 
-def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(X − mean)/s and s, the largest entry of X − mean, so that fourth powers stay in range."""
-    centred = rows - rows.mean(0)
-    size = floor_norm(centred.abs().max())
-    return centred / size, size
+if (_native_relation := native_kernel("relation")) is not None:
+
+    @implementation("relation", "native", supports=_native_takes)
+    def _relation_native(
+        x: Tensor, y: Tensor, starts: Tensor, want_gradient: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        sequences(starts, len(x))
+        outputs = zero_outputs(x, starts, want_gradient)
+        x, y, starts = rows_contiguous(x), rows_contiguous(y), starts.contiguous()
+        (x_rows, x_dim), (y_rows, y_dim) = (
+            ((r.data_ptr(), DTYPE_CODES[r.dtype], r.stride(0)), r.shape[1]) for r in (x, y)
+        )
+        _native_relation(
+            x_rows, x_dim, y_rows, y_dim, (starts.data_ptr(), len(starts)),
+            outputs[0].dtype == torch.float64, *(o.data_ptr() if len(o) else 0 for o in outputs),
+            threads_for(x.nbytes + y.nbytes),
+        )
+        return outputs
 
 
 triton_implementation("relation", "relation", supports=no_float64)
