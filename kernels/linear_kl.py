@@ -330,8 +330,8 @@ def linear_kl(
     rows, width = target_hidden.shape
     values = target_hidden.new_empty(rows, dtype=torch.float32)
     gradient = target_hidden.new_empty(rows if want_gradient else 0, width)
-    if rows == 0:
-        return values, gradient
+    if rows == 0 or target_head.shape[0] == 0:
+        return values.zero_(), gradient.zero_()
     ht, wt, hs, ws = map(near_rows, (target_hidden, target_head, source_hidden, source_head))
     biases = packed(target_bias), packed(source_bias)
     wide = widened(ht.dtype, wt.dtype) or widened(hs.dtype, ws.dtype)

@@ -230,6 +230,8 @@ def test_label_cosine_refuses_what_does_not_fit():
     hidden, labels = torch.randn(3, 8), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ShapeError, match=r"\(N, D\) and \(V, D\)"):
         label_cosine_chunked(torch.randn(3, 9), labels, weight)
+    with pytest.raises(ShapeError, match="no labels"):
+        label_cosine_chunked(hidden, labels, weight[:0])
     with pytest.raises(ShapeError, match="3 integers"):
         label_cosine_chunked(hidden, labels[:2], weight)
     with pytest.raises(ShapeError, match="bias"):

@@ -83,6 +83,8 @@ def _check(
             f"label_cosine: hidden {tuple(hidden.shape)} and head {tuple(weight.shape)} must be "
             "(N, D) and (V, D)"
         )
+    if weight.shape[0] == 0:
+        raise ShapeError(f"label_cosine: a head {tuple(weight.shape)} has no labels")
     if labels.shape != hidden.shape[:1] or labels.is_floating_point():
         raise ShapeError(
             f"label_cosine: labels must be {hidden.shape[0]} integers, "

@@ -29,7 +29,8 @@ def relation(x: Tensor, y: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tens
     starts[s+1]; starts (S+1,) int64 rises from 0 to R -> three (S,) in float32 (float64 for float64
     ``x``).  A sequence of fewer than two tokens gives zeros and no gradient.
 
-    Raises :class:`~pkt_fast.errors.ShapeError` for shapes or starts that do not fit.
+    Raises :class:`~pkt_fast.errors.ShapeError` for shapes or starts that do not fit.  On a GPU the
+    values of ``starts`` are not checked, which would mean waiting for the device.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ShapeError(

@@ -447,6 +447,14 @@ def test_linear_kl_of_two_storages_and_of_no_rows(kind, device):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_linear_kl_of_no_labels(kind, device):
+    inputs = kl_inputs(3, 0, (20, 33), torch.float32, device)
+    values, gradient = divergence.linear_kl(*inputs, 0.0, 0.0, 1.0, kind, True)
+    assert values.tolist() == [0.0] * 3
+    assert (gradient == torch.zeros(3, 20, device=device)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_linear_kl_of_rows_far_apart_and_more_programs_than_runs(kind, device):
     """Offsets beyond 32 bits; 14 tiles of labels among 6 programs, the last of which has none."""
     _, *others = kl_inputs(4, 896, (40, 33), torch.float16, device)
