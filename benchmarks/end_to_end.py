@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pkt_fast
 from benchmarks.harness import judged, now, peak_anonymous_bytes, peak_bytes, reason
 from benchmarks.micro import random_llama
 from benchmarks.peer_transfer import transfer_plainly
-from pkt_fast.data import encode
+from pkt_fast.data.encoding import encode
+from pkt_fast.data.examples import Examples
 from pkt_fast.pairing import source_for
+from pkt_fast.steering import plan_steps
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm_train.jsonl"
 
@@ -36,6 +41,10 @@ class Setup:
 
 FULL = Setup((384, 12), (256, 6), 32000, 32, 5, 16)
 SMALL = Setup((64, 4), (48, 2), 1200, 12, 2, 6)
+
+# How many times the rows and, for the cost of compilation, the epochs of a Setup.
+_MORE_ROWS = 4
+_MORE_EPOCHS = 2
 
 
 def rows_of(count: int) -> tuple[list[dict[str, Any]], str]:
@@ -159,10 +168,70 @@ def measure_transfer(
         "peers": {"Transformers + PEFT": theirs},
         "limits": {},
         "error": error,
-        "note": "one run each; error is the largest difference of a loss at any step; phases: "
+        "note": "one run each; error is the largest difference of a loss at any step; "
+        f"{padding(examples, config):.1%} of a batch is padding; phases: "
         + ", ".join(f"{name} {phase['seconds']:.2f} s" for name, phase in found["phases"].items()),
     }
     return row | judged(row, {} if at_least is None else {"Transformers + PEFT": at_least}, None)
+
+
+def padding(examples: Examples, config: pkt_fast.TransferConfig) -> float:
+    """Share of the positions of all training batches that are padding."""
+    lengths = examples.lengths
+    batches = [micro for step in plan_steps(lengths, config) for micro in step.micro]
+    area = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    return 1 - sum(lengths[i] for batch in batches for i in batch) / area
+
+
+def measure_compilation(setup: Setup, layer: int, *, name: str, device: str) -> dict[str, Any]:
+    """One row: a training step with ``compile=True`` and without, and what compilation takes.
+
+    Both train on the same batches, so step is compared with step: the median difference is what
+    compiled code saves, and what it took beyond that is compilation, which happens in the steps
+    that first need it.  Nothing compiled before is used.
+    """
+    rows, origin = rows_of(setup.rows)
+    eager = _step_seconds(setup, layer, rows, device, compile=False)
+    compiled = _step_seconds(setup, layer, rows, device, compile=True)
+    saved = statistics.median(a - b for a, b in zip(eager, compiled, strict=True))
+    compilation = sum(compiled) - sum(eager) + len(eager) * saved
+    pays = f"from {compilation / saved:,.0f} steps on" if saved > 0 else "never"
+    row: dict[str, Any] = {
+        "name": name,
+        "shape": f"{setup.target[1]}×{setup.target[0]}, V={setup.vocabulary:,}, "
+        f"{len(rows)} rows of {origin}, batches of {setup.batch_size}, "
+        f"target layer {layer} of 0–{setup.target[1] - 1}",
+        "ours": _spread(compiled),
+        "peers": {"eager": _spread(eager)},
+        "limits": {},
+        "error": None,
+        "note": f"a compiled step saves {1e3 * saved:.0f} ms of the same step; compilation takes "
+        f"{compilation:.1f} s and pays {pays}",
+    }
+    return row | judged(row, {}, None)
+
+
+def _step_seconds(
+    setup: Setup, layer: int, rows: list[dict[str, Any]], device: str, *, compile: bool
+) -> list[float]:
+    """Seconds of every training step of a transfer."""
+    tokenizer = byte_pair_tokenizer(rows, setup.vocabulary)
+    sizes = setup.source, setup.target
+    source, target = (random_llama(*size, setup.vocabulary, device) for size in sizes)
+    ends: list[float] = []
+    handle = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
+    torch._dynamo.reset()
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            result = pkt_fast.transfer(
+                source, target, rows, tokenizer=tokenizer, progress=False, compile=compile,
+                layers=[layer], epochs=_MORE_EPOCHS * setup.epochs, device=device,
+                batch_size=setup.batch_size, micro_batch_size=16,
+            )
+    finally:
+        handle.remove()
+    first = result.report["phases"]["steer"]["seconds"] - (ends[-1] - ends[0])
+    return [first, *(after - before for before, after in itertools.pairwise(ends))]
 
 
 def _once(seconds: float, peak: int | None) -> dict[str, Any]:
@@ -172,8 +241,18 @@ def _once(seconds: float, peak: int | None) -> dict[str, Any]:
     }
 
 
+def _spread(samples: list[float]) -> dict[str, Any]:
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return {
+        "median_s": middle, "quartiles_s": [low, high], "fastest_s": min(samples),
+        "samples": len(samples), "peak_bytes": None,
+    }
+
+
 def rows(setup: Setup, device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Every row's name, and how to measure it: the middle and the last layer, and two options."""
+    """Every row's name, and how to measure it: the middle and the last layer, two options, more
+    rows where GSM8K is at hand, and what compilation costs.
+    """
     middle, last = setup.target[1] // 2, setup.target[1] - 1
     for what, layer, options in (
         ("middle layer", middle, {"at_least": 2.5}),
@@ -185,6 +264,12 @@ def rows(setup: Setup, device: str) -> Iterator[tuple[str, Callable[[], dict[str
         yield name, partial(
             measure_transfer, setup, layer, name=name, device=device, **options
         )
+    if GSM8K.is_file():
+        many = replace(setup, rows=_MORE_ROWS * setup.rows)
+        name = f"whole transfer, {many.rows} rows of GSM8K"
+        yield name, partial(measure_transfer, many, last, name=name, device=device, at_least=5)
+    name = "training step, compile=True"
+    yield name, partial(measure_compilation, setup, middle, name=name, device=device)
 
 
 def store_memory(directory: Path, count: int, vocabulary: int = 1200) -> int:

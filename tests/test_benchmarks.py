@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
 
+import pkt_fast  # noqa: E402
 from benchmarks import (  # noqa: E402
     compare_results,
     end_to_end,
@@ -22,6 +23,7 @@ from benchmarks import (  # noqa: E402
     scaling,
 )
 from pkt_fast import cli  # noqa: E402
+from pkt_fast.data.encoding import encode  # noqa: E402
 from pkt_fast.errors import ConfigError, DataError  # noqa: E402
 
 
@@ -51,6 +53,45 @@ def test_both_transfers_have_the_same_losses(monkeypatch):
     row = end_to_end.measure_transfer(end_to_end.SMALL, 0, name="tiny", at_least=0.0)
     assert row["error"] < 1e-4
     assert row["targets"][0]["met"]
+
+
+def test_rows_of_gsm8k_are_left_out_where_it_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(end_to_end, "GSM8K", tmp_path / "nothing")
+    without = [name for name, _ in end_to_end.rows(end_to_end.FULL, "cpu")]
+    (tmp_path / "nothing").touch()
+    names = [name for name, _ in end_to_end.rows(end_to_end.FULL, "cpu")]
+    assert set(names) - set(without) == {"whole transfer, 128 rows of GSM8K"}
+
+
+@pytest.mark.skipif(not end_to_end.GSM8K.is_file(), reason="GSM8K is not here")
+@pytest.mark.parametrize("count", [128, 256])
+def test_padding_of_few_rows_of_gsm8k(count):
+    rows, origin = end_to_end.rows_of(count)
+    assert origin == "GSM8K"
+    examples = encode(rows, end_to_end.byte_pair_tokenizer(rows, 2000))
+    for seed in range(3):
+        config = pkt_fast.TransferConfig(batch_size=16, micro_batch_size=16, seed=seed)
+        assert 0 < end_to_end.padding(examples, config) <= 0.10
+
+
+def test_a_compiled_step_is_compared_with_the_same_step(monkeypatch):
+    times = {False: [0.5, 0.2, 0.4, 0.2, 0.4], True: [9.5, 0.1, 0.3, 0.1, 0.3]}
+    monkeypatch.setattr(end_to_end, "_step_seconds", lambda *_, compile: times[compile])
+    row = end_to_end.measure_compilation(end_to_end.SMALL, 1, name="step", device="cpu")
+    assert "saves 100 ms" in row["note"]
+    assert "compilation takes 9.1 s and pays from 91 steps on" in row["note"]
+    assert row["speedups"]["eager"] == pytest.approx(0.4 / 0.3)
+    times[True] = times[False]
+    row = end_to_end.measure_compilation(end_to_end.SMALL, 1, name="step", device="cpu")
+    assert "pays never" in row["note"]
+
+
+def test_every_step_is_timed():
+    rows, _ = end_to_end.rows_of(6)
+    setup = end_to_end.SMALL
+    seconds = end_to_end._step_seconds(setup, 1, rows, "cpu", compile=False)
+    assert len(seconds) == 2 * setup.epochs
+    assert min(seconds) > 0
 
 
 def fake_case() -> harness.Case:
