@@ -532,6 +532,39 @@ def test_stochastic_rounding_draws_the_documented_words(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
+def test_inject_rounds_every_weight_to_nearest_even(backend, dtype):
+    """All 65,536 bit patterns plus parts of a unit in the last place: ties, overflow, inf, NaN."""
+    weight = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).reshape(256, 256)
+    exact = weight.float()
+    unit = torch.nextafter(weight.abs(), torch.full_like(weight, math.inf)).float() - exact.abs()
+    for part in (0.0, 0.5, -0.5, 0.25, 0.75, -0.25, 1.5, 0.5000001):
+        delta = torch.where(unit.isfinite(), part * unit, 1.0)
+        changed = weight.clone()
+        (same,) = ops.inject_([changed], [delta], [torch.eye(256)], [1.0], [False])
+        wanted = (exact + delta).to(dtype)
+        torch.testing.assert_close(changed, wanted, rtol=0, atol=0, equal_nan=True)
+        kept = (changed == weight) | (changed.view(torch.int16) == weight.view(torch.int16))
+        assert abs(same - kept.sum()) <= weight.isnan().sum()
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FFFFFFF, 0x7F800001, -0x400000])
+@pytest.mark.parametrize("where", ["lora_a", "lora_b", "weight"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_inject_keeps_every_nan(backend, dtype, where, bits):
+    """Whatever its bits are: a rounding that counts them up must not run over into a zero."""
+    tensors = {"weight": torch.zeros(7, 64, dtype=dtype), "lora_a": torch.ones(2, 64),
+               "lora_b": torch.ones(7, 2)}  # fmt: skip
+    odd = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    into = tensors[where]
+    if into.dtype == torch.float32:
+        into.view(torch.int32)[0, 0] = bits
+    else:
+        into[0, 0] = odd.to(dtype)[0]
+    ops.inject_([tensors["weight"]], [tensors["lora_a"]], [tensors["lora_b"]], [1.0], [False])
+    assert tensors["weight"][0, 0].isnan()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
 def test_stochastic_rounding_equals_the_reference_to_the_bit(dtype):
     """Where every float32 sum is rounded once by both: all magnitudes, overflow, inf and NaN."""
     generator = torch.Generator().manual_seed(21)

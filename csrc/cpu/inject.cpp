@@ -14,9 +14,15 @@ namespace {
 
 constexpr int kRows = 6;
 constexpr int64_t kTaskRows = 16 * kRows;
-constexpr int64_t kBlockBytes = int64_t(128) << 10;
+constexpr int64_t kBlockBytes = int64_t(64) << 10;
 
 PKT_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A NaN becomes the one with a single bit set, so that a rounded sum with it stays a NaN (pair.h).
+template <class Scalar>
+PKT_INLINE Scalar plain_nan(Scalar x) {
+  return x == x ? x : Scalar(__builtin_nan(""));
+}
 
 // `count` rows of the factor (or its columns, when `by_column`), interleaved: to[k·count + m] is of
 // row from + order[m].  Beyond the factor's `limit` rows: zeros.
@@ -29,7 +35,8 @@ void pack_as(const Factor& factor, bool by_column, int64_t from, const int64_t* 
   for (int64_t k = 0; k < rank; ++k) {
     for (int64_t m = 0; m < count; ++m) {
       const int64_t row = from + order[m];
-      to[k * count + m] = row < limit ? Scalar(widen(data[row * along + k * step])) : Scalar(0);
+      const Scalar value = row < limit ? Scalar(widen(data[row * along + k * step])) : Scalar(0);
+      to[k * count + m] = plain_nan(value);
     }
   }
 }
@@ -82,9 +89,11 @@ int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride, cons
   constexpr int width = Vector::width, wide = 2 * width;
   const Vector zero = splat(Scalar(0));
   Vector first[kRows], second[kRows];
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) first[m] = second[m] = zero;
   for (int64_t k = 0; k < rank; ++k) {
     const Vector a = load(right + k * wide), b = load(right + k * wide + width);
+#pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const Vector factor = splat(left[k * kRows + m]);
       first[m] = fma(factor, a, first[m]);
@@ -93,6 +102,7 @@ int64_t update_tile(T* w, int64_t stride, T* backup, int64_t backup_stride, cons
   }
   const Vector s = splat(scale);
   int64_t same = 0;
+#pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
     if (!kWhole && m >= rows) break;
     PKT_PREFETCH(next + m * stride);
@@ -120,6 +130,7 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
   const int64_t tasks = ceil_div(rows, task_rows);
   Scalar* const left = new Scalar[groups * rank * kRows];
   Scalar* const right = new Scalar[panels * rank * wide];
+  const Scalar scale = plain_nan(Scalar(matrix.scale));
   int64_t unchanged = 0;
   int64_t in_order[kRows], pair_order[wide];
   for (int m = 0; m < kRows; ++m) in_order[m] = m;
@@ -157,7 +168,7 @@ void inject_matrix(const Matrix& matrix, const Inject& job, uint32_t number) {
                            : update_tile<kRandom, false, T, Vector, Scalar>)(
                 w + column, matrix.stride, backup ? backup + column : nullptr,
                 matrix.backup_stride, left + row / kRows * rank * kRows,
-                right + panel * rank * wide, rank, Scalar(matrix.scale),
+                right + panel * rank * wide, rank, scale,
                 Place{job.seed, uint32_t(row), uint32_t(column), number}, here, columns - column,
                 w + column + (row + kRows < bottom ? kRows * matrix.stride : 0));
           }

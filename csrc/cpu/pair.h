@@ -48,9 +48,25 @@ PKT_INLINE F32 low_halves(Halves x) { return {_mm512_castsi512_ps(_mm512_slli_ep
 PKT_INLINE F32 high_halves(Halves x) {
   return {_mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000u))))};
 }
+// The upper and the lower 16 bits of every lane of two vectors, in turn.
+alignas(64) constexpr uint16_t kUpper16[32] = {
+    1, 33, 3, 35, 5, 37, 7, 39, 9, 41, 11, 43, 13, 45, 15, 47,
+    17, 49, 19, 51, 21, 53, 23, 55, 25, 57, 27, 59, 29, 61, 31, 63};
+alignas(64) constexpr uint16_t kLower16[32] = {
+    0, 32, 2, 34, 4, 36, 6, 38, 8, 40, 10, 42, 12, 44, 14, 46,
+    16, 48, 18, 50, 20, 52, 22, 54, 24, 56, 26, 58, 28, 60, 30, 62};
+
+// All 32 values are rounded to nearest even at once: upper += (lower + 0x7fff + its last bit) >> 16,
+// where the average, (lower + other + 1) >> 1 in 17 bits, has that carry as its first bit.  It would
+// run over for a NaN of nothing but ones, so none may come here.
 PKT_INLINE Halves packed_pair(F32 a, F32 b, const bf16*) {
-  const Halves low = _mm512_srli_epi32(rounded(a), 16);
-  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, rounded(b));
+  const Halves x = _mm512_castps_si512(a.r), y = _mm512_castps_si512(b.r);
+  const Halves upper = _mm512_permutex2var_epi16(x, _mm512_load_si512(kUpper16), y);
+  const Halves lower = _mm512_permutex2var_epi16(x, _mm512_load_si512(kLower16), y);
+  const Halves odd = _mm512_and_si512(upper, _mm512_set1_epi16(1));
+  const Halves other = _mm512_or_si512(odd, _mm512_set1_epi16(0x7ffe));
+  const Halves carry = _mm512_srli_epi16(_mm512_avg_epu16(lower, other), 15);
+  return _mm512_add_epi16(upper, carry);
 }
 PKT_INLINE Halves packed_pair(F32 a, F32 b, const f16* p) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(packed(a, p)), packed(b, p), 1);
