@@ -2,7 +2,8 @@
 
 The source knows percentages, the target has never seen any, and there are few rows to learn from.
 Every run trains for the same steps on the same rows, but for those that ``preset="best"`` has the
-source write.  The test problems are only ever scored; no setting was chosen on them.
+source write, at the rate that other problems chose for it (``independent-32`` in docs/methods.md).
+The test problems are only ever scored.
 """
 
 from __future__ import annotations
@@ -26,16 +27,15 @@ MAX_NEW_TOKENS = 48
 TRAINING: dict[str, Any] = {
     "steps": 320,
     "batch_size": 8,
-    "learning_rate": 3e-3,
     "max_new_tokens": MAX_NEW_TOKENS,
     **STEADY,
 }
 
 RUNS: dict[str, dict[str, Any]] = {
-    'preset="paper"': {"preset": "paper"},
-    "LoRA on labels": {"method": "sft"},
-    "labels + distillation": {"method": "kd", "label_weight": 1.0},
-    'preset="best"': {"preset": "best"},
+    'preset="paper"': {"preset": "paper", "learning_rate": 3e-3},
+    "LoRA on labels": {"method": "sft", "learning_rate": 3e-3},
+    "labels + distillation": {"method": "kd", "label_weight": 0.3, "learning_rate": 3e-3},
+    'preset="best"': {"preset": "best", "learning_rate": 1e-2},
 }
 
 
