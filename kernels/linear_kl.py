@@ -42,7 +42,7 @@ _TILES = {  # by whether operands of either model are multiplied as float32
         logit_tile(64, 128, 64, 8, 2),
         logit_tile(128, 64, 64, 8, 3),
         logit_tile(64, 64, 64, 8, 3, "sm_80", "sm_100"),
-        logit_tile(64, 64, 32, 4, 3),
+        logit_tile(64, 64, 32, 4, 3, "sm_100"),
     ],
     True: [logit_tile(64, 64, 32, 8, 3), logit_tile(32, 64, 32, 4, 3)],
 }
