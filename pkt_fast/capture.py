@@ -202,6 +202,20 @@ def capture(
     return record(model, wanted, interface, positions=positions, normalize=normalize, dtype=dtype)
 
 
+def interpolated(layers: Sequence[Tensor], weight: float) -> Tensor:
+    """Rows of one layer, or (1 − weight)·first + weight·second of two, as a capture has them.
+
+    ``layers`` hold one or two (N, D).
+    """
+    if len(layers) == 1:
+        return layers[0]
+    first, second = layers
+    rows = torch.empty_like(first)
+    every = torch.arange(len(first), device=first.device)
+    capture_rows(rows, 0, every, first, None, second, None, weight, 1.0, False)
+    return rows
+
+
 def check_finite(rows: Tensor, what: str) -> None:
     """Raise :class:`NumericsError` naming ``what`` unless every element of ``rows`` is finite."""
     if not bool(torch.isfinite(rows).all()):

@@ -571,8 +571,9 @@ def diagnose(
     Arguments are those of :func:`pkt_fast.transfer`.  Attributes and pairs layers, builds the maps,
     and returns one :class:`Alignment` a paired target layer.  No weight changes.
     """
-    from .inputs import TransferInputs  # they build on this module
-    from .transfer import attributed_pairs, computing_as
+    from .critical import attributed_pairs  # they build on this module
+    from .inputs import TransferInputs
+    from .transfer import computing_as
 
     settings = TransferConfig.make(config, preset, **overrides)
     with computing_as(settings), lent(src, tgt, source_base, kept=None):

@@ -32,6 +32,7 @@ from .stores import (
     ColumnSpec,
     memory_store,
     open_directory_store,
+    remembered_values,
     store_bytes,
     writing_directory_store,
 )
@@ -83,8 +84,7 @@ class StorePlace:
             store.check_complete()
             return store
         directory = self.directory or Path(tempfile.mkdtemp(prefix="pkt_fast_store_"))
-        digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        path = directory / f"{kind}-{digest}"
+        path = directory / _named(kind, fingerprint)
         known = open_directory_store(path, fingerprint)
         if known is None:
             with writing_directory_store(path, counts, order, columns, fingerprint) as known:
@@ -92,6 +92,25 @@ class StorePlace:
         if self.directory is None:
             weakref.finalize(known, shutil.rmtree, directory, ignore_errors=True)
         return known
+
+    def remembered(
+        self,
+        kind: str,
+        fingerprint: Mapping[str, Any],
+        compute: Callable[[], list[float]],
+    ) -> list[float]:
+        """What ``compute`` returns, or what it returned under the same fingerprint before.
+
+        Only a directory that the user named remembers.
+        """
+        if self.directory is None:
+            return compute()
+        return remembered_values(self.directory / _named(kind, fingerprint), fingerprint, compute)
+
+
+def _named(kind: str, fingerprint: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{kind}-{digest}"
 
 
 # --------------------------------------------------------------------------- source pass

@@ -23,7 +23,7 @@ import threading
 import zlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ._files import write_json
+from ._files import read_object, write_json
 from .errors import OutputError, StoreError
 
 MANIFEST = "manifest.json"
@@ -269,11 +269,8 @@ def writing_directory_store(
     behind.
     """
     total = sum(counts)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _made_in(path.parent):
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OutputError(f"cannot make a store in {path.parent}: {error.strerror}") from error
     try:
         store = ActivationStore(
             counts,
@@ -294,6 +291,16 @@ def writing_directory_store(
             column.directory = path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _made_in(directory: Path) -> Iterator[None]:
+    """Make ``directory``; an error of that or of the block is an :class:`OutputError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot make a store in {directory}: {error.strerror}") from error
 
 
 def _manifest(store: ActivationStore, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,6 +364,29 @@ def _open_column(path: Path, name: str, entry: Mapping[str, Any]) -> ShardedColu
                 "it anew"
             )
     return column
+
+
+def remembered_values(
+    path: Path, fingerprint: Mapping[str, Any], compute: Callable[[], list[float]]
+) -> list[float]:
+    """The numbers in the file named ``path`` and ".json", or what ``compute`` returns, kept there.
+
+    Raises :class:`StoreError` when the file is damaged or holds what was computed from something
+    else, :class:`OutputError` when it cannot be written.
+    """
+    file = path.with_name(f"{path.name}.json")
+    if not file.exists():
+        with _made_in(path.parent):  # before anything is computed
+            pass
+        values = compute()
+        write_json(file, {"fingerprint": dict(fingerprint), "values": values})
+        return values
+    known = read_object(file, "", StoreError)
+    values = known.get("values", [])
+    numbers = isinstance(values, list) and all(isinstance(value, float) for value in values)
+    if known.get("fingerprint") != dict(fingerprint) or not values or not numbers:
+        raise StoreError(f"{file} is damaged; delete it to compute it anew")
+    return values
 
 
 # --------------------------------------------------------------------------- fingerprints

@@ -8,6 +8,7 @@ activation moved by what fine-tuning changed in the source.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy
 from .capture import Wanted
+from .critical import SeenRows
 from .inputs import TransferInputs
 from .maps import LatentMap, UntunedRows, map_digest
 from .objectives import needs_source_head
@@ -24,7 +26,10 @@ from .stores import ActivationStore, ColumnSpec, model_fingerprint
 
 
 def source_rows(
-    inputs: TransferInputs, pairs: Sequence[LayerPair], maps: Mapping[int, LatentMap]
+    inputs: TransferInputs,
+    pairs: Sequence[LayerPair],
+    maps: Mapping[int, LatentMap],
+    seen: SeenRows | None = None,
 ) -> ActivationStore | None:
     """Run the source once; keep aligned activations, and its head input if a loss needs it.
 
@@ -32,6 +37,7 @@ def source_rows(
         inputs: models and data.
         pairs: the layer pairs to capture.
         maps: target layer -> map; without one the source's own activations are kept.
+        seen: rows that attribution captured; the source runs on the other examples alone.
 
     Returns:
         Columns ``layer<k>`` and ``head``, a row for every supervised position of the target; None
@@ -43,13 +49,16 @@ def source_rows(
     if not wanted and not with_head:
         return None
     by_column = {layer_column(layer): mapping for layer, mapping in maps.items()}
+    seen = seen or SeenRows()
+    rest = _unseen(longest_first(inputs.aligned.examples.lengths), seen.order)
+    order = [*seen.order, *rest]
 
     def fill(store: ActivationStore) -> None:
         changing = bool(maps) and inputs.source_base is not None
         untuned = _untuned(inputs, wanted) if changing else None
-        tokens = sum(map(len, inputs.aligned.examples))
+        tokens = sum(inputs.aligned.examples.lengths[i] for i in rest)
         with inputs.phases.counted("source pass", tokens) as advance:
-            for rows in run_source(
+            computed = run_source(
                 inputs.source,
                 inputs.aligned,
                 wanted,
@@ -58,18 +67,26 @@ def source_rows(
                 pad_token_id=inputs.pad_token_ids[0],
                 with_head=with_head,
                 advance=advance,
-            ):
+                order=rest,
+            )
+            for rows in itertools.chain(seen.rows(wanted), computed):
                 store.append(_mapped(rows, by_column, untuned, store))
 
     columns = _columns(inputs, wanted, mapped=bool(maps), with_head=with_head)
     return inputs.store_place.filled(
         "source",
         inputs.aligned.positions.counts,
-        longest_first(inputs.aligned.examples.lengths),
+        order,
         columns,
         _fingerprint(inputs, pairs if wanted else [], maps, columns),
         fill,
     )
+
+
+def _unseen(order: Sequence[int], seen: Sequence[int]) -> list[int]:
+    """``order`` without the examples of ``seen``."""
+    known = set(seen)
+    return [example for example in order if example not in known]
 
 
 def _mapped(

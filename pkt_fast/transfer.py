@@ -3,6 +3,7 @@
 Each step is one call in :func:`_transfer`, and each equation has one home::
 
     attribute  Σ g⊙a, gradient × activation of a layer          attribution.attribute
+               the layers with the highest scores               critical.attributed_pairs
     pair       ℓ(k) = max(1, ⌊L_src·k/L_tgt⌋), k†, λ            pairing
     map        S: the rows of (W⁺)ᵀ, scaled to unit length      semantics.SemanticBasis
                h̃ = S_tgtᵀ·S_src·h/‖h‖                           semantics.SemanticMap
@@ -29,9 +30,8 @@ from torch import Tensor, nn
 
 from ._files import atomic_directory, check_output_dir, local, write_json
 from .anatomy import Anatomy
-from .attribution import attribute
 from .config import TransferConfig
-from .data.batches import Batch
+from .critical import SeenRows, attributed_pairs
 from .delta import LayerDelta
 from .inputs import TransferInputs
 from .lending import differentiable, lent
@@ -41,8 +41,7 @@ from .objectives import FrozenHead, needs_source_head
 from .ops import backend
 from .ops.linear import own_products
 from .page import write_html
-from .pairing import LayerPair, pair_by_score, source_for
-from .phases import longest_first, processing_batches
+from .pairing import LayerPair
 from .report import transfer_report
 from .stages import check_adaptable, make_delta_maker, steer
 from .steering import Record
@@ -150,10 +149,11 @@ def computing_as(config: TransferConfig) -> Iterator[None]:
 def _transfer(inputs: TransferInputs) -> TransferResult:
     """The steps of the method, one after the other."""
     inputs.source.to(inputs.device)
-    scores, pairs = attributed_pairs(inputs)
+    seen = SeenRows.wanted_by(inputs)
+    scores, pairs = attributed_pairs(inputs, seen)
     check_adaptable(inputs, pairs)
     maps, alignment = map_layers(inputs, pairs)
-    supervision = source_rows(inputs, pairs, maps)
+    supervision = source_rows(inputs, pairs, maps, seen)
     source_head = _source_head(inputs)
     maker = make_delta_maker(inputs, pairs)
     inputs.release_source()
@@ -182,43 +182,6 @@ def _transfer(inputs: TransferInputs) -> TransferResult:
             delta=maker.report(),
         ),
     )
-
-
-def attributed_pairs(inputs: TransferInputs) -> tuple[Tensor | None, list[LayerPair]]:
-    """The layer pairs, of the layers that ``config`` names or of those with the highest scores.
-
-    Paper, "layer attribution" and "layer pairing".  The scores, (L_src,), come first; None when
-    layers were named.
-    """
-    source_layers = Anatomy.of(inputs.source).num_layers
-    target_layers = Anatomy.of(inputs.target).num_layers
-    chosen = inputs.config.layers
-    if chosen == "all":
-        chosen = tuple(range(target_layers))
-    if chosen is not None:
-        return None, [source_for(source_layers, target_layers, int(k)) for k in chosen]
-    scores = _scores(inputs)
-    return scores, pair_by_score(
-        source_layers, target_layers, scores.tolist(), inputs.config.num_layers
-    )
-
-
-def _scores(inputs: TransferInputs) -> Tensor:
-    """Every source layer's score on the first examples, (L_src,)."""
-    config = inputs.config
-    examples = inputs.aligned.examples[: config.attribution_examples]
-    order = longest_first(examples.lengths)
-    batches = processing_batches(examples, order, config.micro_batch_size, inputs.pad_token_ids[0])
-    with inputs.phases.counted("attribute", sum(examples.lengths)) as advance:
-
-        def counted() -> Iterator[Batch]:
-            for batch in batches:
-                yield batch
-                advance(batch.num_tokens)
-
-        return attribute(
-            inputs.source, counted(), interface=config.interface, reduction=config.reduction
-        )
 
 
 def _source_head(inputs: TransferInputs) -> FrozenHead | None:

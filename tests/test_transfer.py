@@ -226,15 +226,60 @@ def test_micro_batches_do_not_change_the_step():
     assert relative_error(one.delta, many.delta) < 1e-4
 
 
+@pytest.mark.parametrize("interface", ["mlp", "contribution"])
+@pytest.mark.parametrize("attribution_examples", [6, 40])
+def test_the_source_pass_leaves_out_what_attribution_saw(attribution_examples, interface):
+    """The same rows, in another order: the adapter of a pass over all examples."""
+    config = TransferConfig.make(
+        attribution_examples=attribution_examples, num_layers=2, interface=interface, **QUICK
+    )
+    shared = transfer(*pair(), config=config)
+    assert any(len(pair.source) == 2 for pair in shared.pairs)
+    passed = shared.report["phases"]["source pass"].get("tokens", 0)
+    lengths = encode(ROWS, TOKENIZER).lengths
+    assert passed == sum(lengths[attribution_examples:])
+    alone = transfer(*pair(), config=config, store_budget_gb=1e-9)
+    assert alone.report["phases"]["source pass"]["tokens"] == sum(lengths)
+    assert relative_error(shared.delta, alone.delta) < 1e-4
+    history, delta = reference_run(*pair(), shared.pairs, config)
+    assert shared.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
+    assert relative_error(shared.delta, delta) < 1e-4
+
+
+def test_attribution_shares_nothing_where_more_is_wanted():
+    """The head's input, and the rows of a fine-tuned source's change, come from a whole pass."""
+    lengths = encode(ROWS, TOKENIZER).lengths
+    for options in (
+        {"output_loss": "kl"},
+        {"source_base": sized_model("llama", 3, 48, 6), "recompose": "dual"},
+    ):
+        result = transfer(*pair(), **options)
+        assert result.report["phases"]["source pass"]["tokens"] == sum(lengths)
+
+
+def test_a_store_remembers_the_attribution(tmp_path):
+    first = transfer(*pair(), store=tmp_path)
+    again = transfer(*pair(), store=tmp_path)
+    assert "attribute" in first.report["phases"]
+    assert "attribute" not in again.report["phases"]
+    assert torch.equal(first.attribution, again.attribution)
+    other = transfer(*pair(), store=tmp_path, reduction="signed")
+    assert not torch.equal(other.attribution, first.attribution)
+    for file in tmp_path.glob("attribution-*.json"):
+        file.write_text(file.read_text().replace('"values": [', '"values": ["x", '))
+    with pytest.raises(StoreError, match=r"attribution-\w+\.json is damaged"):
+        transfer(*pair(), store=tmp_path)
+
+
 def test_a_directory_store_gives_the_same_adapter_and_is_reused(tmp_path):
     memory = transfer(*pair())
     for _ in range(2):
         on_disk = transfer(*pair(), store=str(tmp_path / "store"))
         assert relative_error(on_disk.delta, memory.delta) < 1e-6
     assert "source pass" not in on_disk.report["phases"]
-    assert len(list((tmp_path / "store").iterdir())) == len({"source", "target"}) - (
-        0 if memory.pairs[0].target else 1
-    )
+    kinds = {path.name.split("-")[0] for path in (tmp_path / "store").iterdir()}
+    assert kinds - {"target"} == {"attribution", "source"}
+    assert ("target" in kinds) == (memory.pairs[0].target > 0)
     spilled = transfer(*pair(), store_budget_gb=1e-9)
     assert relative_error(spilled.delta, memory.delta) < 1e-6
 
