@@ -6,8 +6,7 @@ blocks below are frozen, so their output is computed once and stored (:func:`pre
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -85,10 +84,9 @@ def steer(
     joint = inputs.config.schedule == "joint"
     try:
         model = maker.attach(inputs.target)
-        with _checkpointing(model, inputs.config.gradient_checkpointing):
-            # The frontier goes from shallow to deep; earlier layers stay as trained.
-            for layers in [maker.layers] if joint else [[layer] for layer in maker.layers]:
-                history += stages.train(model, layers, first_step=len(history))
+        # The frontier goes from shallow to deep; earlier layers stay as trained.
+        for layers in [maker.layers] if joint else [[layer] for layer in maker.layers]:
+            history += stages.train(model, layers, first_step=len(history))
         return maker.finish(model), history
     except BaseException:
         maker.abandon()
@@ -223,16 +221,3 @@ def prefix_rows(inputs: TransferInputs, model: nn.Module, first: int) -> Activat
         },
         fill,
     )
-
-
-@contextlib.contextmanager
-def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """With ``wanted``, gradient checkpointing inside; a model that had it on keeps it."""
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
-        yield
-        return
-    model.gradient_checkpointing_enable()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.gradient_checkpointing_disable()  # type: ignore[operator]

@@ -25,6 +25,7 @@ from .data.bucketing import batch_indices
 from .data.examples import IGNORE_INDEX, Examples
 from .errors import ModelError, NumericsError
 from .objectives import Rows, WeightedTerm
+from .ops.linear import own_products, owns_products
 from .phases import INPUT
 from .stores import ActivationStore, prefetched
 
@@ -201,6 +202,23 @@ class Tail:
         )
 
     @contextlib.contextmanager
+    def checkpointed(self, wanted: bool) -> Iterator[None]:
+        """With ``wanted``, the tail's activations are recomputed in backward.
+
+        torch takes function modes off in a backward pass: linear layers are told to multiply there
+        as they do here.
+        """
+
+        def contexts() -> tuple[Any, Any]:
+            return contextlib.nullcontext(), own_products(owns_products())
+
+        if not wanted:
+            yield
+            return
+        with self.anatomy.recompute_from(self.first, contexts):
+            yield
+
+    @contextlib.contextmanager
     def compiled(self, wanted: bool) -> Iterator[None]:
         """With ``wanted``, ``torch.compile`` the blocks above ``first`` that nothing is read from.
 
@@ -309,6 +327,7 @@ def train(
     with (
         _seeded(config.seed),
         _adapter_dropout(tail.model),
+        tail.checkpointed(config.gradient_checkpointing),
         tail.compiled(config.compile),
         contextlib.closing(stream),
     ):

@@ -16,7 +16,7 @@ from .findings import HeadTransform, Structure
 from .linears import linear_modules, paper_targets
 from .modules import base_model, children_at, head_of, ids_at, last_part, name_of, weight_of
 from .probe import probe
-from .rerouting import HeadInput
+from .rerouting import Contexts, HeadInput
 from .taps import Tap, block_tap, sublayer_tap
 
 # Structures hold no reference to their model, so an entry goes when its model does.
@@ -125,6 +125,17 @@ class Anatomy:
                 "state of the lower ones"
             )
         with rerouting.resumed(self.layers, self._structure.plans, layer, hidden, self.hidden_size):
+            yield
+
+    @contextlib.contextmanager
+    def recompute_from(self, layer: int, contexts: Contexts) -> Iterator[None]:
+        """Inside, blocks from ``layer`` up keep no activations for backward but their input.
+
+        Unlike a model's own gradient checkpointing this also holds in evaluation mode, in which
+        dropout is off, and for models that have none.  ``contexts`` gives the contexts of a block's
+        run in the forward pass and of the one in backward.
+        """
+        with rerouting.recomputed(self.layers[self._checked(layer) :], contexts):
             yield
 
     @contextlib.contextmanager

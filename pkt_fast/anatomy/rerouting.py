@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError, ModelError
 from .findings import LayerPlan
 from .streams import block_input, is_stream, with_block_input
+
+Contexts = Callable[
+    [], tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]
+]
 
 
 class _Stop(BaseException):
@@ -88,6 +94,21 @@ def _pass_through(plan: LayerPlan, width: int) -> Callable[..., Any]:
         return container([stream] + [None] * (length - 1))
 
     return forward
+
+
+@contextlib.contextmanager
+def recomputed(blocks: Iterable[nn.Module], contexts: Contexts) -> Iterator[None]:
+    """Inside, backward passes run ``blocks`` anew, of which the forward keeps only the input.
+
+    ``contexts`` gives what the first run of a block is in, and what its second.
+    """
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            again = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=contexts
+            )
+            stack.enter_context(patched_forward(block, again))
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from ._gemm import choice, product, serves
 from ._registry import backend
+
+_owning: ContextVar[bool] = ContextVar("own_products", default=False)
 
 
 @contextlib.contextmanager
@@ -33,8 +36,17 @@ def own_products(wanted: bool = True) -> Iterator[None]:
     if not wanted or backend() not in ("auto", "native") or not choice().own:
         yield
         return
-    with _OwnProducts():
-        yield
+    token = _owning.set(True)
+    try:
+        with _OwnProducts():
+            yield
+    finally:
+        _owning.reset(token)
+
+
+def owns_products() -> bool:
+    """Whether linear layers multiply with our kernel here."""
+    return _owning.get()
 
 
 class _OwnProducts(TorchFunctionMode):
