@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ from .ops import inject_
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BEYOND_LOW_RANK = (
+    "use_dora", "lora_bias", "alora_invocation_tokens", "use_bdlora", "use_qalora", "arrow_config",
+    "kasa_config", "monteclora_config", "layer_replication",
+)  # fmt: skip
+_STARTS_THAT_CHANGE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,7 @@ class LayerDelta:
         from peft import get_peft_model_state_dict
 
         config = model.peft_config[adapter].to_dict()  # type: ignore[index,union-attr]
+        _check_expressible(config, "the attached adapter")
         state = get_peft_model_state_dict(model, adapter_name=adapter)
         tensors = {name: value.detach().cpu().clone() for name, value in state.items()}
         return cls(_changes(tensors, config, "the attached adapter"), _plain(config))
@@ -120,10 +127,23 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     if not isinstance(config.get("lora_alpha"), int | float):
         raise DeltaError(f"{path}: lora_alpha is {config.get('lora_alpha')!r}, not a number")
-    for option in ("use_dora", "lora_bias"):
-        if config.get(option):
-            raise DeltaError(f"{path}: {option} is set; a plain low-rank delta cannot express it")
+    _check_expressible(config, str(path))
     return config
+
+
+def _check_expressible(config: Mapping[str, Any], where: str) -> None:
+    """Refuse options under which an adapter does more than add B·A to the weights it was made
+    for.
+    """
+    for option in _BEYOND_LOW_RANK:
+        if config.get(option):
+            raise DeltaError(f"{where}: {option} is set; a plain low-rank delta cannot express it")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(_STARTS_THAT_CHANGE_WEIGHTS):
+        raise DeltaError(
+            f"{where}: init_lora_weights={start!r} also changed the weights below the adapter; "
+            "save it with path_initial_model_for_weight_conversion to make a plain one of it"
+        )
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,8 +191,9 @@ def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def _override(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that, as PEFT has it, matches the end of ``path``."""
     for pattern, value in patterns.items():
-        if path == pattern or path.endswith(f".{pattern}"):
+        if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
 

@@ -39,7 +39,16 @@ def logits(model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"up_proj": 3}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"up_proj|c_fc": 3}},
+        {"alpha_pattern": {r".*\.1\..*(v_proj|c_proj)": 3}, "rank_pattern": {".*_proj": 2}},
+        {"alpha_pattern": {r"^(model\.layers|transformer\.h)\.1\..*": 3}},
+    ],
+)
 def test_save_is_a_peft_adapter_and_load_reads_it(tmp_path, family, options):
     model = with_adapter(family, **options)
     delta = LayerDelta.from_peft(model)
@@ -52,6 +61,9 @@ def test_save_is_a_peft_adapter_and_load_reads_it(tmp_path, family, options):
     for path, change in delta.changes.items():
         assert torch.equal(change.down, again.changes[path].down)
         assert change.scale == again.changes[path].scale
+    plain = tiny_model(family, seed=3)
+    inject(plain, again)
+    torch.testing.assert_close(logits(plain), logits(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -97,6 +109,25 @@ def test_a_bfloat16_state_space_model_differs_from_its_adapter_by_rounding_alone
     merged = logits(adapted.merge_and_unload())
     assert torch.equal(got, merged)
     assert (got - expected).norm() < 2 * (attached - expected).norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' also changed the weights"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' also changed the weights"),
+        ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens is set"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is set"),
+    ],
+)
+def test_adapters_that_are_more_than_a_change_of_weights_are_refused(tmp_path, options, reason):
+    config = LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(tiny_model("llama", seed=3), config)
+    with pytest.raises(DeltaError, match=reason):
+        LayerDelta.from_peft(model)
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(DeltaError, match=reason):
+        LayerDelta.load(tmp_path / "peft")
 
 
 def test_injections_stack_and_scale():
