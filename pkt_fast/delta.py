@@ -11,7 +11,7 @@ import math
 import os
 import re
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,8 @@ class LayerDelta:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> LayerDelta:
         """Read a PEFT LoRA adapter.  Raises :class:`DeltaError` when it is none or is damaged."""
+        if not isinstance(directory, str | os.PathLike):
+            raise DeltaError(f"the adapter is {directory!r}; give the path of its directory")
         directory = local(directory)
         config = _read_config(directory / CONFIG_FILE)
         weights = directory / WEIGHTS_FILE
@@ -241,13 +243,11 @@ def inject(
 
     Raises :class:`DeltaError`, before anything is changed, when the delta does not fit the model.
     """
-    if not math.isfinite(scale):
-        raise DeltaError(f"scale={scale!r}: give a finite number")
-    if stochastic_seed is not None and not 0 <= stochastic_seed < 2**63:
-        raise DeltaError(f"stochastic_seed={stochastic_seed!r}: give a number from 0 to 2**63 - 1")
+    _check_arguments(delta, scale, stochastic_seed)
     base = base_model(model)
     plans = [_plan(base, path, change) for path, change in delta.changes.items()]
     weights = [weight for weight, _, _ in plans]
+    _check_distinct(weights, list(delta.changes))
     backups = [torch.empty_like(weight) for weight in weights] if keep_backup else []
     unchanged = inject_(
         weights,
@@ -280,6 +280,33 @@ def eject(model: nn.Module, *, latest: bool = False) -> int:
     return sum(map(len, undone))
 
 
+def _check_arguments(delta: Any, scale: Any, stochastic_seed: Any) -> None:
+    if not isinstance(delta, LayerDelta):
+        raise DeltaError(f"the delta is {delta!r}; give a LayerDelta, such as LayerDelta.load(dir)")
+    try:
+        finite = math.isfinite(scale)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise DeltaError(f"scale={scale!r}: give a finite number")
+    if stochastic_seed is not None and not (
+        isinstance(stochastic_seed, int) and 0 <= stochastic_seed < 2**63
+    ):
+        raise DeltaError(
+            f"stochastic_seed={stochastic_seed!r}: give an integer from 0 to 2**63 - 1"
+        )
+
+
+def _check_distinct(weights: Sequence[Tensor], paths: Sequence[str]) -> None:
+    first: dict[int, str] = {}
+    for weight, path in zip(weights, paths, strict=True):
+        other = first.setdefault(id(weight), path)
+        if other != path:
+            raise DeltaError(
+                f"the delta changes {other} and {path}, which share one weight in this model"
+            )
+
+
 def _plan(base: nn.Module, path: str, change: LowRank) -> tuple[Tensor, bool, LowRank]:
     """The weight that ``change`` goes into, and whether it is stored transposed (Conv1D)."""
     try:
@@ -292,6 +319,15 @@ def _plan(base: nn.Module, path: str, change: LowRank) -> tuple[Tensor, bool, Lo
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         raise DeltaError(f"{path} has no floating-point weight matrix to inject into")
+    if "weight" not in module._parameters and "weight" not in module._buffers:
+        raise DeltaError(
+            f"the weight of {path} is computed from others (a parametrization), so a change to it "
+            "would be lost: remove that first"
+        )
+    if weight.is_meta:
+        raise DeltaError(f"the weight of {path} is on the meta device: load the model first")
+    if not (torch.isfinite(change.down).all() and torch.isfinite(change.up).all()):
+        raise DeltaError(f"the delta of {path} holds NaN or inf")
     transposed = is_transposed(module)
     shape = (change.up.shape[0], change.down.shape[1])
     if tuple(weight.shape) != (shape[::-1] if transposed else shape):

@@ -160,7 +160,7 @@ def test_the_latest_injection_can_be_undone_alone():
     assert eject(model) == 0
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", None])
 def test_a_scale_that_is_not_finite_changes_nothing(scale):
     delta = LayerDelta.from_peft(with_adapter("llama"))
     model = tiny_model("llama", seed=3)
@@ -170,7 +170,7 @@ def test_a_scale_that_is_not_finite_changes_nothing(scale):
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5])
 def test_a_seed_out_of_range_changes_nothing(seed):
     model = tiny_model("llama", seed=3)
     plain = logits(model)
@@ -206,6 +206,45 @@ def test_a_delta_that_does_not_fit_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, narrow.parameters(), strict=True))
     with pytest.raises(DeltaError, match="GPT2LMHeadModel has not"):
         inject(tiny_model("gpt2"), delta)
+
+
+def with_computed_weight(model):
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+
+
+def with_shared_weight(model):
+    up, gate = model.model.layers[1].mlp.up_proj, model.model.layers[1].mlp.gate_proj
+    gate.weight = up.weight
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (with_computed_weight, "up_proj is computed from others"),
+        (with_shared_weight, "gate_proj and .*up_proj, which share one weight"),
+        (lambda model: model.to("meta"), "meta device"),
+    ],
+)
+def test_weights_that_cannot_take_the_change_are_refused(prepare, reason):
+    delta = LayerDelta.from_peft(
+        with_adapter(targets=["layers.1.mlp.up_proj", "layers.1.mlp.gate_proj"])
+    )
+    model = tiny_model("llama", seed=3)
+    prepare(model)
+    with pytest.raises(DeltaError, match=reason):
+        inject(model, delta)
+    assert eject(model) == 0
+
+
+def test_a_delta_that_is_none_or_not_finite_is_refused(tmp_path):
+    delta = LayerDelta.from_peft(with_adapter())
+    next(iter(delta.changes.values())).up[0, 0] = float("nan")
+    with pytest.raises(DeltaError, match="holds NaN or inf"):
+        inject(tiny_model("llama", seed=3), delta)
+    with pytest.raises(DeltaError, match="give a LayerDelta"):
+        inject(tiny_model("llama", seed=3), str(tmp_path))
+    with pytest.raises(DeltaError, match="the adapter is None"):
+        LayerDelta.load(None)
 
 
 def test_bad_adapters_are_refused(tmp_path):
