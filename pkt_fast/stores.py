@@ -37,6 +37,7 @@ from .errors import OutputError, StoreError
 MANIFEST = "manifest.json"
 FORMAT = 1
 SHARD_BYTES = 64 * 2**20
+_SAMPLES = 64
 
 Item = TypeVar("Item")
 
@@ -393,9 +394,10 @@ def remembered_values(
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Digest of a model's configuration and of evenly spaced elements of every parameter.
+    """Digest of a model's configuration and of evenly spaced elements of every weight, quantised
+    ones in buffers included.
 
-    Sampling (64 elements a parameter) keeps this fast for large models; any training step changes
+    Sampling (64 elements a weight) keeps this fast for large models; any training step changes
     nearly every element, so it tells checkpoints of one model apart.
     """
     digest = hashlib.sha256()
@@ -405,12 +407,15 @@ def model_fingerprint(model: nn.Module) -> str:
         for volatile in ("_name_or_path", "transformers_version", "torch_dtype", "dtype"):
             known.pop(volatile, None)
         digest.update(json.dumps(known, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        picks = torch.linspace(0, max(0, flat.numel() - 1), min(64, flat.numel())).long()
-        sample = flat[picks.to(flat.device)].to(torch.float64).cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+    weights = {name: w for name, w in model.state_dict().items() if isinstance(w, Tensor)}
+    for name, weight in weights.items():
+        flat = weight.detach().flatten()
+        count = min(_SAMPLES, len(flat))
+        # In integers: a float32 has no room for the positions of more than 16 million elements.
+        picks = [i * (len(flat) - 1) // max(1, count - 1) for i in range(count)]
+        sample = flat[torch.tensor(picks, dtype=torch.int64, device=flat.device)]
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
+        digest.update(sample.to(torch.float64).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

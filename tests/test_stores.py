@@ -167,6 +167,14 @@ def test_fingerprint_sees_any_parameter():
     assert model_fingerprint(model) != before
 
 
+def test_fingerprint_sees_buffers_and_the_last_element_of_large_weights():
+    model = torch.nn.Module()
+    model.register_buffer("weight", torch.zeros(4104, 4100, dtype=torch.int8))  # above 2**24
+    before = model_fingerprint(model)
+    model.weight[-1, -1] = 1
+    assert model_fingerprint(model) != before
+
+
 def test_prefetch_keeps_order_and_passes_errors_on():
     assert list(prefetched(iter(range(20)))) == list(range(20))
 
