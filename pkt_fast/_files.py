@@ -117,6 +117,7 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
     temporary = _stage(final)
     try:
         yield temporary
+        usual_access(temporary)
         if temporary.parent == final.absolute():
             _replace_contents(temporary, final)
         else:
@@ -156,7 +157,6 @@ def _stays(directory: Path) -> bool:
 
 
 def _replace_directory(temporary: Path, final: Path) -> None:
-    os.chmod(temporary, 0o777 & ~_umask())
     if not final.exists():
         os.rename(temporary, final)
         return
@@ -186,6 +186,16 @@ def _replace_contents(temporary: Path, final: Path) -> None:
         os.rename(new, final / new.name)
 
 
+def usual_access(path: Path) -> None:
+    """Give a file, or a directory and the files in it, the permissions that new ones have.
+
+    Temporary directories, and the files that safetensors writes, are their owner's alone.
+    """
+    allowed = ~_umask()
+    for entry in (path, *path.rglob("*")):
+        os.chmod(entry, (0o777 if entry.is_dir() else 0o666) & allowed)
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
@@ -203,6 +213,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        usual_access(temporary)
         os.replace(temporary, final)
     except OSError as error:
         raise OutputError(f"cannot write {final}: {error.strerror or error}") from error

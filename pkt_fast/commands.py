@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -106,7 +107,7 @@ def show_transfer(out: Console, result: TransferResult, output: str | None) -> N
     out.print(
         "Load it with PEFT: PeftModel.from_pretrained(target_model, "
         f"{escape(repr(str(output)))})\nor merge it: pkt-fast inject --model TARGET "
-        f"--delta {escape(str(output))} --output MERGED",
+        f"--delta {escape(shlex.quote(str(output)))} --output MERGED",
         soft_wrap=True,
     )
 

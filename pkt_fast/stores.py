@@ -31,7 +31,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ._files import read_object, write_json
+from ._files import read_object, usual_access, write_json
 from .errors import OutputError, StoreError
 
 MANIFEST = "manifest.json"
@@ -284,6 +284,7 @@ def writing_directory_store(
         yield store
         store.check_complete()
         write_json(temporary / MANIFEST, _manifest(store, fingerprint))
+        usual_access(temporary)
         if path.exists():
             shutil.rmtree(path)
         os.rename(temporary, path)

@@ -3,11 +3,20 @@
 import os
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from pkt_fast import _files
-from pkt_fast._files import INVENTORY, atomic_directory, check_output_dir, write_inventory
+from pkt_fast._files import (
+    INVENTORY,
+    atomic_directory,
+    atomic_file,
+    check_output_dir,
+    write_inventory,
+)
 from pkt_fast.errors import OutputError
+from pkt_fast.stores import writing_directory_store
 
 
 def write(path, *, overwrite=False, name="report.json"):
@@ -32,6 +41,27 @@ def test_the_working_directory_keeps_its_place(tmp_path, monkeypatch):
     write(".", overwrite=True, name="report.html")
     assert os.listdir(".") == ["report.html"]
     assert os.stat(tmp_path).st_ino == before
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    def modes(path):
+        return {oct(entry.stat().st_mode & 0o777) for entry in (path, *path.rglob("*"))}
+
+    before = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out") as temporary:
+            (temporary / "sub").mkdir()
+            save_file({"a": torch.zeros(1)}, temporary / "sub" / "a.safetensors")
+        with writing_directory_store(
+            tmp_path / "store", [1], [0], {"a": (2, torch.float32)}, {}
+        ) as store:
+            store.append({"a": torch.zeros(1, 2)})
+        with atomic_file(tmp_path / "basis") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert modes(tmp_path / "out") == modes(tmp_path / "store") == {"0o750", "0o640"}
+    assert modes(tmp_path / "basis") == {"0o640"}
 
 
 @pytest.mark.parametrize("path", [".", "..", "link", "other"])
