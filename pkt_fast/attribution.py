@@ -170,6 +170,9 @@ def _inference_with_graph(model: nn.Module) -> Iterator[None]:
     alone.
     """
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    handle = embeddings.register_forward_hook(lambda _m, _a, output: output.requires_grad_())
+    # A copy, because some models scale it in place, which a leaf does not allow.
+    handle = embeddings.register_forward_hook(
+        lambda _m, _a, output: output.requires_grad_().clone()
+    )
     with frozen(model), handle:
         yield

@@ -109,11 +109,38 @@ _STATE_SPACE: dict[str, dict[str, Any]] = {
 }
 STATE_SPACE_FAMILIES = list(_STATE_SPACE)
 
+# For tests of what these do differently.
+_OTHERS: dict[str, dict[str, Any]] = {
+    # scales its embeddings in place
+    "ctrl": {"n_embd": 48, "n_layer": 3, "n_head": 4, "dff": 80, "n_positions": 128},
+    # one norm before the first block and after the last
+    "nanochat": _LLAMA,
+    # routers are linear modules that return two tensors
+    "phimoe": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    # a dense block, then blocks with shared experts beside stacked ones
+    "deepseek_v3": {
+        **_LLAMA,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 40,
+        "first_k_dense_replace": 1,
+    },
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The config of a tiny model of ``family``; ``overrides`` are config fields."""
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    settings = {"vocab_size": VOCAB, **tokens, **(_CONFIGS | _STATE_SPACE)[family], **overrides}
+    known = (_CONFIGS | _STATE_SPACE | _OTHERS)[family]
+    settings = {"vocab_size": VOCAB, **tokens, **known, **overrides}
     return AutoConfig.for_model(family, **settings)
 
 

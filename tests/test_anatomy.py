@@ -473,6 +473,16 @@ def test_flat_tap_drops_its_shape_hook():
     assert forward_hooks(model) == 0
 
 
+def test_stopping_after_the_last_block_when_its_norm_also_serves_before_the_first():
+    model = tiny_model("nanochat")
+    anatomy = Anatomy.of(model)
+    last = anatomy.num_layers - 1
+    seen = []
+    with anatomy.layers[last].register_forward_hook(lambda *call: seen.append(call)):
+        anatomy.run_until(last, **token_batch())
+    assert len(seen) == 1
+
+
 # ------------------------------------------------------------------------------------ adapters
 
 
@@ -508,6 +518,28 @@ def test_lora_targets():
         assert targets(family) == {"mixer.in_proj"}
     with pytest.raises(ConfigError, match=r"up_proj.*layer 1.*c_attn.*c_fc.*c_proj"):
         targets("gpt2", ["up_proj"])
+
+
+def test_routers_are_no_linear_modules():
+    anatomy = Anatomy.of(tiny_model("phimoe"))
+    last = {path.rpartition(".")[2] for path in anatomy.lora_targets(1)}
+    assert last == {"v_proj", "o_proj"}
+    with pytest.raises(ConfigError, match="match no linear module"):
+        anatomy.lora_targets(1, ["router"])
+
+
+def test_modules_that_peft_would_take_for_stacked_experts():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("deepseek_v3")
+    anatomy = Anatomy.of(model)
+    targets = [path for layer in (0, 1) for path in anatomy.lora_targets(layer)]
+    assert len(targets) == 4
+    with pytest.raises(ConfigError, match=r"names of experts.*leave them out"):
+        anatomy.lora_targets(0, ["down_proj"])
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets))
+    adapted = {n for n, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted == set(targets)
+    assert Anatomy.of(wrapped).lora_targets(1) == targets[2:]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon"])

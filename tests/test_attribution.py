@@ -35,13 +35,13 @@ def example_losses(model, batch):
     return losses.sum(1) / batch.supervised.sum(1)
 
 
-# opt flattens its tokens inside the block, falcon adds in place to what its MLP returned.  Captum
-# cannot read falcon's blocks, which return (tensor, None).
+# opt flattens its tokens inside the block, falcon adds in place to what its MLP returned, ctrl
+# scales its embeddings in place.  Captum cannot read blocks that return tuples (falcon, ctrl).
 CAPTUM_CASES = [
     (family, interface)
-    for family in ("llama", "gpt2", "gpt_neox", "gemma2", "opt", "falcon")
+    for family in ("llama", "gpt2", "gpt_neox", "gemma2", "opt", "falcon", "ctrl")
     for interface in ("mlp", "attention", "block")
-    if (family, interface) != ("falcon", "block")
+    if interface != "block" or family not in ("falcon", "ctrl")
 ]
 
 

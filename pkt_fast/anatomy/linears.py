@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .findings import Linear
 from .modules import last_part
@@ -29,7 +30,20 @@ def linear_modules(block: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (is_transposed(module) and hasattr(module, "nf"))
+    if isinstance(module, nn.Linear):
+        return type(module).forward is nn.Linear.forward or _multiplies(module)
+    return is_transposed(module) and hasattr(module, "nf")
+
+
+@torch.no_grad()
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether a linear module with a forward of its own returns its product; routers do not."""
+    row = module.weight.new_zeros(1, module.in_features)
+    try:
+        output = module.forward(row)
+    except (RuntimeError, TypeError, ValueError):  # wants other arguments or shapes
+        return False
+    return isinstance(output, Tensor) and output.shape == (1, module.out_features)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -43,6 +57,32 @@ def features(module: nn.Module) -> tuple[int, int]:
     if isinstance(inner, nn.Linear):
         return inner.in_features, inner.out_features
     return int(inner.weight.shape[0]), int(inner.weight.shape[1])
+
+
+def misread(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The linear modules among ``paths`` that PEFT would not adapt, but something else.
+
+    For mixture-of-experts families whose experts Transformers stacks, it takes their projections'
+    names, wherever they stand, for the stacked weights, when it attaches an adapter and when it
+    loads one.
+    """
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # a version of PEFT that takes names as they are
+        return []
+    from peft import LoraConfig
+
+    found = []
+    for path in paths:
+        config = LoraConfig(target_modules=[path])
+        try:
+            conversion.convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # a name that goes with another
+            found.append(path)
+            continue
+        if set(config.target_modules or ()) != {path}:
+            found.append(path)
+    return found
 
 
 def fused(block: nn.Module, linears: Sequence[str]) -> set[str]:

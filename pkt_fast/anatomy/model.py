@@ -13,7 +13,7 @@ from ..config import INTERFACES
 from ..errors import ConfigError, ModelError
 from . import rerouting, streams
 from .findings import HeadTransform, Structure
-from .linears import linear_modules, paper_targets
+from .linears import linear_modules, misread, paper_targets
 from .modules import base_model, children_at, head_of, ids_at, last_part, name_of, weight_of
 from .probe import probe
 from .rerouting import Contexts, HeadInput
@@ -151,7 +151,7 @@ class Anatomy:
             following.append(self.final_norm)
         # On entry of what comes next, not on exit of the block: the order in which the block's own
         # forward hooks were registered then does not matter.
-        with rerouting.stopped_before(following):
+        with rerouting.stopped_after(self.layers[layer], following):
             yield
 
     def run_until(self, layer: int, **inputs: Any) -> None:
@@ -180,24 +180,34 @@ class Anatomy:
             modules: last path components to match.  None takes ``up_proj``, ``down_proj``,
                 ``v_proj`` and ``o_proj`` (the paper's choice), or for each sublayer that names them
                 differently the counterparts: MLP input and output projections, attention value (or
-                fused) and output projection.
+                fused) and output projection.  Modules whose names PEFT takes for those of stacked
+                experts are left out.
 
         Raises:
-            ConfigError: no linear module of the block has one of these names.
+            ConfigError: no linear module of the block has one of these names, or PEFT would adapt
+                something else.
         """
         block = self.layers[self._checked(layer)]
+        prefix = f"{self.layers_path}.{layer}."
         present = [path for path, _ in linear_modules(block)]
         if modules is None:
             chosen = set(paper_targets(self._structure.plans[layer].linears))
         else:
             chosen = {path for path in present if last_part(path) in modules}
+        lost = misread(self.model, [prefix + path for path in sorted(chosen)])
+        if lost and modules is not None:
+            raise ConfigError(
+                f"target_modules {sorted({last_part(path) for path in lost})} are the names of "
+                f"experts in {name_of(self.model)}, which PEFT would adapt in place of {lost[0]}: "
+                "leave them out"
+            )
+        chosen -= {path.removeprefix(prefix) for path in lost}
         if not chosen:
             names = sorted({last_part(path) for path in present})
             wanted = "projections found by structure" if modules is None else sorted(modules)
             raise ConfigError(
                 f"target_modules {wanted} match no linear module of layer {layer}: it has {names}"
             )
-        prefix = f"{self.layers_path}.{layer}."
         return [prefix + path for path in present if path in chosen]
 
     def output_projection(self, layer: int, interface: str) -> tuple[str, nn.Module] | None:

@@ -112,14 +112,21 @@ def recomputed(blocks: Iterable[nn.Module], contexts: Contexts) -> Iterator[None
 
 
 @contextlib.contextmanager
-def stopped_before(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a forward that enters one of ``modules`` ends the ``with`` body."""
+def stopped_after(block: nn.Module, following: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, a forward that enters one of ``following`` after ``block`` ends the ``with`` body."""
+    entered = False
+
+    def note(module: nn.Module, args: Any) -> None:
+        nonlocal entered
+        entered = True
 
     def stop(module: nn.Module, args: Any) -> None:
-        raise _Stop
+        if entered:  # a final norm may also serve before the first block
+            raise _Stop
 
     with contextlib.ExitStack() as stack, contextlib.suppress(_Stop):
-        for module in modules:
+        stack.enter_context(block.register_forward_pre_hook(note))
+        for module in following:
             stack.enter_context(module.register_forward_pre_hook(stop, prepend=True))
         yield
 
