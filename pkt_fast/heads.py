@@ -7,6 +7,7 @@ for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -91,7 +92,8 @@ def better_conditioned(gram: Tensor, inverse: Tensor, least: float) -> bool:
     The largest column sums of magnitudes bound the eigenvalues, which settles most heads.  The
     others take power iterations on both matrices.
     """
-    bound = float(gram.abs().sum(0).max() * inverse.abs().sum(0).max())
+    columns = (torch.linalg.vector_norm(x, 1, dim=0).max() for x in (gram, inverse))
+    bound = math.prod(map(float, columns))
     return bound * least < 1 or _largest_eigenvalue(gram) * _largest_eigenvalue(inverse) * least < 1
 
 
@@ -129,7 +131,7 @@ def head_statistics(weight: Tensor, bias: Tensor | None = None) -> HeadStatistic
     """
     work = torch.float64 if weight.dtype == torch.float64 else torch.float32
     gram = streamed_gram(weight)
-    if not (torch.isfinite(gram).all() and (bias is None or torch.isfinite(bias).all())):
+    if not (torch.isfinite(gram.diagonal()).all() and (bias is None or torch.isfinite(bias).all())):
         raise NumericsError("the LM head holds NaN or inf: check the checkpoint")
     root = gram_root(gram)
     label_sum = weight.sum(0, dtype=torch.float64)

@@ -31,6 +31,9 @@ Recompose = Literal["frame", "dual", "logit"]
 _VECTOR_ROWS = 1024
 """Rows of vectors worked out in float64 at a time."""
 
+_INVERSE_ROWS = 128
+"""Rows of G⁻¹ scaled in float64 at a time."""
+
 _FLOAT32_CONDITION = 2.0**-12
 """λ_min/λ_max of G above which float32 products W·G⁻¹ are right to 1e-5: cond(W) below 64."""
 
@@ -79,7 +82,7 @@ class SemanticBasis:
         """
         weight = weight.detach()
         gram = streamed_gram(weight)
-        if not torch.isfinite(gram).all():
+        if not torch.isfinite(gram.diagonal()).all():  # a column with NaN or inf shows there
             raise NumericsError("the LM head holds NaN or inf: check the checkpoint")
         root = gram_root(gram)
         return cls(weight, gram, root.factor, root.inverse, root.rank)
@@ -99,7 +102,10 @@ class SemanticBasis:
             return vectors
         # Unit rows do not depend on the scale of G⁻¹: chosen so that an average row is near 1.
         length = self.gram.diagonal().sum().div(len(vectors)).sqrt()
-        inverse = (self.inverse / (self.inverse.diagonal().mean() * length)).to(self.dtype)
+        scale = self.inverse.diagonal().mean() * length
+        inverse = torch.empty_like(self.inverse, dtype=self.dtype)
+        for rows in row_blocks(len(inverse), _INVERSE_ROWS):  # no float64 temporary of its size
+            inverse[rows] = self.inverse[rows] / scale
         for rows in row_blocks(len(vectors)):
             head_rows, block = self.weight[rows], vectors[rows]
             if serves(head_rows, inverse):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pkt_fast import SemanticBasis, SemanticMap, reference
 from pkt_fast.errors import ConfigError, DataError, NumericsError, VocabularyError
@@ -47,6 +48,34 @@ def test_vectors_are_the_unit_rows_of_the_pseudoinverse(shape, dtype, tolerance)
     vectors = SemanticBasis.from_weight(weight).vectors
     assert vectors.dtype == dtype
     assert (vectors.double() - expected).norm() / expected.norm() < tolerance
+
+
+def test_vectors_make_no_float64_matrix_of_their_own():
+    """G, R and G⁻¹ are all the float64 matrices there are while the vectors fill memory."""
+    basis = SemanticBasis.from_weight(head(3000, 160, dtype=torch.float32))
+    kept = {x.untyped_storage().data_ptr() for x in (basis.gram, basis.factor, basis.inverse)}
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+                if out.untyped_storage().data_ptr() not in kept:
+                    made.append((out.numel(), str(func)))
+            return out
+
+    with Watch():
+        basis.vectors.sum()
+    assert made
+    assert max(made)[0] < 160 * 160, max(made)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_head_that_is_not_finite_is_refused_wherever_it_is(value):
+    weight = head(50, 6)
+    weight[31, 4] = value
+    with pytest.raises(NumericsError, match="NaN or inf"):
+        SemanticBasis.from_weight(weight)
 
 
 @pytest.mark.parametrize("recompose", ALIGN)
