@@ -130,7 +130,7 @@ class TransferInputs:
     @property
     def store_place(self) -> StorePlace:
         """Where the rows of the frozen passes are kept."""
-        return StorePlace.of(self.config.store, self.config.store_budget_gb)
+        return StorePlace.of(self.config.store, self.config.store_budget_gb, self.device)
 
     @contextlib.contextmanager
     def visiting(self, *models: nn.Module) -> Iterator[None]:

@@ -27,6 +27,7 @@ from .anatomy import Anatomy
 from .capture import Wanted, check_finite, record
 from .data.batches import Batch, collate
 from .data.examples import Example, Examples
+from .ops import synchronize_captures
 from .stores import (
     ActivationStore,
     ColumnSpec,
@@ -41,6 +42,9 @@ from .vocabulary import same_tokenization
 
 HEAD = "head"
 INPUT = "input"
+
+# Pinned pages are lost to the rest of the machine, and torch rounds up to a power of two.
+_PINNED_BYTES = 2.0**30
 
 Advance = Callable[[int], None]
 
@@ -57,16 +61,19 @@ def layer_column(target_layer: int) -> str:
 class StorePlace:
     """Where stores are made: in memory while they fit ``budget_bytes``, else in a directory.
 
-    ``directory`` None spills to a temporary directory, deleted with the store.
+    ``directory`` None spills to a temporary directory, deleted with the store.  Memory of up to
+    ``pinned_bytes`` is pinned.
     """
 
     directory: Path | None
     budget_bytes: float
+    pinned_bytes: float = 0.0
 
     @classmethod
-    def of(cls, store: str, budget_gb: float) -> StorePlace:
-        """From the settings ``store`` and ``store_budget_gb``."""
-        return cls(None if store == "memory" else local(store), budget_gb * 1e9)
+    def of(cls, store: str, budget_gb: float, device: torch.device) -> StorePlace:
+        """From the settings ``store`` and ``store_budget_gb``; ``device`` computes the rows."""
+        directory = None if store == "memory" else local(store)
+        return cls(directory, budget_gb * 1e9, _PINNED_BYTES if device.type == "cuda" else 0.0)
 
     def filled(
         self,
@@ -78,9 +85,13 @@ class StorePlace:
         fill: Callable[[ActivationStore], None],
     ) -> ActivationStore:
         """The store that ``fill`` writes, or one written under the same fingerprint before."""
-        if self.directory is None and store_bytes(counts, columns) <= self.budget_bytes:
-            store = memory_store(counts, order, columns)
-            fill(store)
+        size = store_bytes(counts, columns)
+        if self.directory is None and size <= self.budget_bytes:
+            store = memory_store(counts, order, columns, pinned=0 < size <= self.pinned_bytes)
+            try:
+                fill(store)
+            finally:
+                synchronize_captures()  # after an error as well: the memory goes to somebody else
             store.check_complete()
             return store
         directory = self.directory or Path(tempfile.mkdtemp(prefix="pkt_fast_store_"))
@@ -266,22 +277,21 @@ def run_prefix(
     model: nn.Module,
     examples: Examples,
     first: int,
+    store: ActivationStore,
     *,
     batch_size: int,
     pad_token_id: int,
     advance: Advance = lambda tokens: None,
-) -> Iterator[dict[str, Tensor]]:
-    """Run the blocks below ``first``; yield that block's input for all real tokens, batch by
-    batch.
-    """
+) -> None:
+    """Run the blocks below ``first``; append the input of that block for all real tokens."""
     anatomy = Anatomy.of(model)
     device = anatomy.head.weight.device
     order = longest_first(examples.lengths)
     with torch.inference_mode():
         for batch in processing_batches(examples, order, batch_size, pad_token_id):
-            batch = batch.to(device)
-            stream = block_input(anatomy, first, batch)
-            yield {INPUT: stream[batch.attention_mask.bool()]}
+            real = batch.attention_mask.flatten().nonzero().squeeze(-1)
+            stream = block_input(anatomy, first, batch.to(device, non_blocking=True))
+            store.capture(INPUT, stream, real)
             advance(batch.num_tokens)
 
 

@@ -199,15 +199,15 @@ def prefix_rows(inputs: TransferInputs, model: nn.Module, first: int) -> Activat
 
     def fill(store: ActivationStore) -> None:
         with inputs.phases.counted("target pass", sum(inputs.examples.lengths)) as advance:
-            for rows in run_prefix(
+            run_prefix(
                 model,
                 inputs.examples,
                 first,
+                store,
                 batch_size=inputs.config.micro_batch_size,
                 pad_token_id=inputs.pad_token_ids[1],
                 advance=advance,
-            ):
-                store.append(rows)
+            )
 
     return inputs.store_place.filled(
         "target",

@@ -32,6 +32,7 @@ from .stores import ActivationStore, prefetched
 Record = dict[str, float | int]
 OnStep = Callable[[Record], None]
 
+_READ_EVERY = 10  # steps between two readings of losses from a GPU
 _FLOAT16_SCALE = 2.0**12  # the loss scale a float16 model starts with
 
 
@@ -302,7 +303,8 @@ def train(
 ) -> list[Record]:
     """Minimise the weighted terms over ``parameters``; one record a step.
 
-    Losses stay on the device and are read every ``config.log_every`` steps.  A float16 model trains
+    Losses stay on the device and are read every ``config.log_every`` steps: on a GPU every read
+    waits for it.  A float16 model trains
     on a scaled loss: the gradients of the mean over many rows would be subnormal.  Raises
     :class:`NumericsError` naming the step and the term when a loss is not finite.
     """
@@ -322,7 +324,8 @@ def train(
         enabled=tail.anatomy.head.weight.dtype == torch.float16,
     )
     counts = loader.examples.num_supervised
-    log = _LossLog(steps, first_step, config.log_every, on_step)
+    every = config.log_every or (1 if loader.device.type == "cpu" else _READ_EVERY)
+    log = _LossLog(steps, first_step, every, on_step)
     stream = loader.stream([micro for step in steps for micro in step.micro])
     with (
         _seeded(config.seed),

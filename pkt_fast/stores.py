@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ._files import read_object, usual_access, write_json
 from .errors import OutputError, StoreError
+from .ops import capture_rows
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -54,12 +55,17 @@ class Column(ABC):
 
     def append(self, values: Tensor) -> None:
         """Add rows (n, D) at the end; cast to the column's dtype."""
-        if self.filled + len(values) > self.rows:
-            raise StoreError(
-                f"store: {self.filled + len(values)} rows appended, {self.rows} expected"
-            )
+        self._check_room(len(values))
         self._write(values.detach().to(self.dtype))
         self.filled += len(values)
+
+    def _check_room(self, rows: int) -> None:
+        if self.filled + rows > self.rows:
+            raise StoreError(f"store: {self.filled + rows} rows appended, {self.rows} expected")
+
+    def capture(self, value: Tensor, index: Tensor) -> None:
+        """Add rows ``index`` (n,) of an activation (B, T, D) at the end; cast likewise."""
+        self.append(value.reshape(-1, self.width)[index.to(value.device)])
 
     @abstractmethod
     def _write(self, values: Tensor) -> None: ...
@@ -70,14 +76,29 @@ class Column(ABC):
 
 
 class MemoryColumn(Column):
-    """A preallocated tensor."""
+    """A preallocated tensor in host memory.
 
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+    With ``pinned`` pages, rows leave a GPU beside its work:
+    :func:`~pkt_fast.ops.synchronize_captures` waits for those on their way.
+    """
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype, pinned: bool = False) -> None:
         super().__init__(rows, width, dtype)
-        self._values = torch.empty(rows, width, dtype=dtype)
+        self._values = torch.empty(rows, width, dtype=dtype, pin_memory=pinned)
+        self._pinned = pinned
+
+    def capture(self, value: Tensor, index: Tensor) -> None:
+        if value.device.type != "cpu" and not self._pinned:
+            return super().capture(value, index)
+        self._check_room(len(index))
+        capture_rows(self._values, self.filled, index, value)
+        self.filled += len(index)
 
     def _write(self, values: Tensor) -> None:
-        self._values[self.filled : self.filled + len(values)].copy_(values)
+        if values.device.type != "cpu" and self._pinned:
+            capture_rows(self._values, self.filled, torch.arange(len(values)), values)
+        else:
+            self._values[self.filled : self.filled + len(values)].copy_(values)
 
     def read(self, start: int, stop: int) -> Tensor:
         return self._values[start:stop]
@@ -218,6 +239,10 @@ class ActivationStore:
         for name, values in rows.items():
             self.columns[name].append(values)
 
+    def capture(self, name: str, value: Tensor, index: Tensor) -> None:
+        """Append rows ``index`` (n,) of an activation (B, T, D) to column ``name``."""
+        self.columns[name].capture(value, index)
+
     def rows(self, name: str, examples: Iterable[int]) -> Tensor:
         """Rows of ``examples`` in the order given, packed: (Σ counts, D)."""
         column = self.columns[name]
@@ -247,14 +272,20 @@ def store_bytes(counts: Sequence[int], columns: Mapping[str, ColumnSpec]) -> int
 
 
 def memory_store(
-    counts: Sequence[int], order: Sequence[int], columns: Mapping[str, ColumnSpec]
+    counts: Sequence[int],
+    order: Sequence[int],
+    columns: Mapping[str, ColumnSpec],
+    pinned: bool = False,
 ) -> ActivationStore:
-    """A store in host memory."""
+    """A store in host memory; ``pinned`` is for rows that come from a GPU."""
     total = sum(counts)
     return ActivationStore(
         counts,
         order,
-        {name: MemoryColumn(total, width, dtype) for name, (width, dtype) in columns.items()},
+        {
+            name: MemoryColumn(total, width, dtype, pinned)
+            for name, (width, dtype) in columns.items()
+        },
     )
 
 

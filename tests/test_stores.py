@@ -95,6 +95,32 @@ def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
         column.append(torch.zeros(2, 3))
 
 
+def captured(store, value, examples, seed):
+    """Fill ``store`` from an activation (B, T, D) whose rows are dropped into place by index."""
+    generator = torch.Generator().manual_seed(seed)
+    for example in examples:
+        index = torch.randperm(value.shape[0] * value.shape[1], generator=generator)
+        for name in store.columns:
+            store.capture(name, value, index[: store.counts[example]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_captured_from_an_activation(tmp_path, dtype):
+    value = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))[..., ::2]
+    columns = {"layer2": (3, dtype)}
+    memory = memory_store([3, 0, 5], [2, 1, 0], columns)
+    captured(memory, value, memory.order, seed=4)
+    memory.check_complete()
+    with writing_directory_store(tmp_path / "store", [3, 0, 5], [2, 1, 0], columns, PRINT) as store:
+        captured(store, value, store.order, seed=4)
+    index = torch.randperm(14, generator=torch.Generator().manual_seed(4))[:5]
+    assert torch.equal(memory.rows("layer2", [2]), value.reshape(14, 3)[index].to(dtype))
+    for example in range(3):
+        assert torch.equal(memory.rows("layer2", [example]), store.rows("layer2", [example]))
+    with pytest.raises(StoreError, match="9 rows appended, 8 expected"):
+        memory.capture("layer2", value, index[:1])
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
 
     def interrupted():

@@ -6,11 +6,12 @@ import pytest
 import torch
 import toy_tokenizers
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_pairs import TOKENIZER, sized_model, sums
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pkt_fast
-from pkt_fast import TransferConfig, reference
+from pkt_fast import TransferConfig, reference, steering
 from pkt_fast.anatomy import Anatomy
 from pkt_fast.data import collate, encode
 from pkt_fast.delta import LayerDelta
@@ -270,6 +271,62 @@ def test_a_store_remembers_the_attribution(tmp_path):
         file.write_text(file.read_text().replace('"values": [', '"values": ["x", '))
     with pytest.raises(StoreError, match=r"attribution-\w+\.json is damaged"):
         transfer(*pair(), store=tmp_path)
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails where a value on the device would be waited for: items, and masks as indices."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "aten.equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        masks = args[1] if name in ("aten.index.Tensor", "aten.index_put.default") else ()
+        if any(word in name for word in self.WAITING) or any(
+            index is not None and index.dtype == torch.bool for index in masks
+        ):
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"objective": "relation", "output_loss": "kl", "label_weight": 1.0},
+        {"objective": "fisher", "output_loss": "kl", "kl_kind": "jsd", "recompose": "dual"},
+        {"output_loss": "logit_cosine", "label_smoothing": 0.1},
+        {"output_loss": "cross_entropy", "label_smoothing": 0.1},
+        {"method": "hidden_kd"},
+    ],
+    ids=str,
+)
+def test_losses_and_gradients_of_a_step_wait_for_nothing(monkeypatch, options):
+    backward = steering._backward
+    calls = []
+
+    def watched(*args):
+        calls.append(args)
+        with NothingReadBack():
+            backward(*args)
+
+    monkeypatch.setattr(steering, "_backward", watched)
+    transfer(*pair(), epochs=1, **options)
+    assert calls
+
+
+def test_losses_are_read_in_groups(monkeypatch):
+    """All steps are in the history, whenever they were read; a GPU is asked every ten."""
+    reads = []
+    read = steering._LossLog._read
+    monkeypatch.setattr(
+        steering._LossLog, "_read", lambda log: (reads.append(len(log.waiting)), read(log))
+    )
+    every = transfer(*pair())
+    assert set(reads) == {0, 1}
+    reads.clear()
+    grouped = transfer(*pair(), log_every=4)
+    assert reads == [4, 2]
+    assert grouped.history == every.history
 
 
 def test_a_directory_store_gives_the_same_adapter_and_is_reused(tmp_path):
