@@ -184,10 +184,17 @@ void raise_on(const char* failure) {
   if (failure) throw std::runtime_error(std::string("CUDA: ") + failure);
 }
 
+// None when the extension's kernels run on the current device.
+std::optional<std::string> cuda_problem() {
+  const char* problem = pkt::cuda::problem();
+  return problem ? std::optional<std::string>(problem) : std::nullopt;
+}
+
+// `table` is device memory of inject_table_bytes(len(args)) bytes.
 void inject_cuda(const std::vector<MatrixArgs>& args, std::uintptr_t unchanged,
-                 std::optional<std::uint64_t> seed, std::uintptr_t stream) {
+                 std::optional<std::uint64_t> seed, std::uintptr_t table, std::uintptr_t stream) {
   const std::vector<pkt::Matrix> matrices = matrices_of(args);
-  raise_on(pkt::cuda::inject(inject_of(matrices, unchanged, seed, 1), stream));
+  raise_on(pkt::cuda::inject(inject_of(matrices, unchanged, seed, 1), writable(table), stream));
 }
 
 void capture_rows_pinned(const RowsArgs& out, const IndexArgs& index, const OperandArgs& operands,
@@ -238,6 +245,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("gemm", &gemm);
   m.def("relation", &relation);
 #if defined(PKT_HAVE_CUDA)
+  m.def("cuda_problem", &cuda_problem, "why the CUDA kernels cannot run on the current GPU, or None");
+  m.def("inject_table_bytes", &pkt::cuda::inject_table_bytes);
   m.def("inject_cuda", &inject_cuda);
   m.def("capture_rows_pinned", &capture_rows_pinned);
 #endif

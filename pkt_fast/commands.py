@@ -357,20 +357,23 @@ def _missing(packages: Sequence[str]) -> list[str]:
 def _build() -> dict[str, Any]:
     from .ops._registry import backend as current
     from .ops._registry import (
+        cuda_problem,
         native_module,
         stale_extension,
         triton_available,
         triton_interpreted,
     )
 
-    native = native_module()
+    native, gpu = native_module(), torch.cuda.is_available()
+    problem = cuda_problem(torch.device("cuda")) if gpu else "no GPU"
     missing = stale_extension() or "not built (no C++ compiler?)"
     return {
         "native extension": missing if native is None else "built",
         **({} if native is None else {k: v or "none" for k, v in native.build_info().items()}),
         "triton": "available" if triton_available() else "not installed",
         "triton interpreter": "on" if triton_interpreted() else "off",
-        "gpu": "present" if torch.cuda.is_available() else "none found",
+        "gpu": "present" if gpu else "none found",
+        "cuda kernels": "run" if problem is None else f"do not run: {problem}",
         "backend": str(current()),
     }
 

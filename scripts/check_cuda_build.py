@@ -17,11 +17,13 @@ import triton
 
 from pkt_fast import _native
 
-PROMISED = {"sm_80", "sm_90", "sm_100"}
+PROMISED = {"sm_80": (11, 0), "sm_90": (11, 8), "sm_100": (12, 8)}
+"""Architectures, and since which version nvcc knows them."""
 
 
 def main() -> int:
-    if not _native.build_info()["cuda_archs"]:
+    info = _native.build_info()
+    if not info["cuda_archs"]:
         print("the extension was built without nvcc: CPU kernels only")
         return 0
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -29,7 +31,8 @@ def main() -> int:
         [tool, "--list-elf", _native.__file__], capture_output=True, text=True, check=True
     ).stdout
     found = set(re.findall(r"sm_\d+", listed))
-    missing = sorted(PROMISED - found)
+    version = tuple(map(int, info["cuda_version"].split(".")))
+    missing = sorted({arch for arch, since in PROMISED.items() if version >= since} - found)
     print(f"{Path(_native.__file__).name} holds code for {', '.join(sorted(found)) or 'no GPU'}")
     if missing:
         print(f"missing: {', '.join(missing)}", file=sys.stderr)

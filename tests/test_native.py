@@ -52,11 +52,15 @@ def test_build_info():
 
 
 def test_cuda_part_has_every_architecture():
-    """Where nvcc built it, it holds code for sm_80, sm_90 and sm_100, and imports without a GPU."""
-    archs = native.build_info()["cuda_archs"]
-    if not archs:
+    """Where nvcc built it, it holds code for all of them that this nvcc knows, and imports without
+    a GPU."""
+    info = native.build_info()
+    if not info["cuda_archs"]:
         pytest.skip("built without nvcc")
-    assert {"sm_80", "sm_90", "sm_100", "compute_100"} <= set(archs.split(","))
+    version = tuple(map(int, info["cuda_version"].split(".")))
+    known = ["80", "90", "100"] if version >= (12, 8) else ["80", "90"]
+    built = info["cuda_archs"].split(",")
+    assert built == [*(f"sm_{arch}" for arch in known), f"compute_{known[-1]}"]
     assert callable(native.inject_cuda)
     assert callable(native.capture_rows_pinned)
 
@@ -77,7 +81,9 @@ def test_cuda_functions_say_when_there_is_no_gpu():
     factor = (row.data_ptr(), 0, 1, 1)
     matrix = ((row.data_ptr(), 0, 4, 4, 4), factor, factor, 1, (0, 0), 1.0)
     with pytest.raises(RuntimeError, match="CUDA"):
-        native.inject_cuda([matrix], index.data_ptr(), None, 0)
+        native.inject_cuda([matrix], index.data_ptr(), None, row.data_ptr(), 0)
+    assert native.inject_table_bytes(3) == 3 * native.inject_table_bytes(1) > 0
+    assert "CUDA" in native.cuda_problem()
 
 
 def test_best_instruction_set_is_used():

@@ -699,3 +699,21 @@ def test_memory_stays_far_below_the_logits(op):
         else:
             decompose(hidden, head, head, "softmax")
     assert largest.elements <= blocks.MEMORY_BUDGET // 8 < rows * labels
+
+
+def test_devices_must_match():
+    """An address of another device would be read by the kernel."""
+    rows, head, labels = torch.randn(3, 8), torch.randn(5, 8), torch.zeros(3, dtype=torch.int64)
+    there, s = head.to("meta"), head_statistics(head)
+    statistics = (s.factor, s.shift, s.rest, s.label_sum, s.bias_sum)
+    starts = torch.tensor([0, 3])
+    for call in (
+        lambda: label_cosine(rows, labels.to("meta"), head, None, *statistics),
+        lambda: label_cosine(rows, labels, head, None, s.factor.to("meta"), *statistics[1:]),
+        lambda: label_cosine_chunked(rows, labels, there),
+        lambda: linear_kl(rows, head, rows, there),
+        lambda: decompose(rows, head, there, "softmax"),
+        lambda: relation(rows, rows, starts.to("meta")),
+    ):
+        with pytest.raises(ShapeError, match="is on meta, the rows are on cpu"):
+            call()

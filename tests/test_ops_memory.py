@@ -26,6 +26,7 @@ from op_cases import (
 
 from pkt_fast import ops, reference
 from pkt_fast.errors import PktFastError, ShapeError
+from pkt_fast.ops import _registry
 from pkt_fast.ops._native import accumulator
 from pkt_fast.ops.inject import philox_words, round_stochastically
 from pkt_fast.ops.row_cosine import row_cosine_gradient
@@ -661,6 +662,24 @@ def test_inject_refuses(backend, change):
 # --------------------------------------------------------------------------- registration
 
 
+@pytest.mark.parametrize("op", ["inject_", "capture_rows"])
+def test_triton_serves_where_cuda_kernels_cannot_run(op, monkeypatch):
+    """The driver is older than the runtime nvcc linked, or the GPU than what it compiled for."""
+    if "cuda" not in _registry._ops[op].implementations:
+        pytest.skip("built without nvcc")
+    if op == "inject_":
+        case = injection(torch.bfloat16, torch.float32)
+        args = (case.weights, *case.factors(), [], None)
+    else:
+        case = capture(torch.float32, 16, 1, normalize=True)
+        args = (torch.zeros(9, 16), 0, *case.arguments())
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    module = importlib.import_module(f"pkt_fast.ops.{op.rstrip('_')}")
+    for problem, chosen in ((None, "cuda"), ("no kernel image", "triton")):
+        monkeypatch.setattr(module, "cuda_problem", lambda device, problem=problem: problem)
+        assert _registry.select(op, torch.device("cuda"), args) == chosen
+
+
 def test_devices_must_match():
     """Asked of what the dispatcher calls, with "meta" as the second device there always is."""
     here, there = torch.ones(1, 3, 4), torch.ones(1, 3, 4, device="meta")
@@ -677,6 +696,14 @@ def test_devices_must_match():
         modules["row_cosine"]._run(here[0], there[0])
     with pytest.raises(ShapeError, match="meta"):
         modules["inject"]._run([here[0]], [there[0, :1]], [torch.ones(3, 1)], [1.0], [False], [], 0)
+
+
+def test_index_is_moved_to_the_activations():
+    """A kernel reads it by its address."""
+    absent = (None, None, None, 0.0, 1.0, False)
+    run = importlib.import_module("pkt_fast.ops.capture_rows")._run
+    with pytest.raises(NotImplementedError, match="meta"):  # there is nothing to move
+        run(torch.zeros(1, 4), 0, torch.tensor([0], device="meta"), torch.ones(3, 4), *absent)
 
 
 def operators():

@@ -159,9 +159,23 @@ bool sixteen_bytes(const void* data, int64_t stride, int dtype) {
   return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride * item_size(dtype) % 16 == 0;
 }
 
+const char* message(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace
 
-const char* inject(const Inject& job, std::uintptr_t stream_handle) {
+const char* problem() {
+  // Fails where the driver is older than the runtime, and where no code for the device is here.
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, inject_kernel);
+  cudaGetLastError();  // so that a later call does not find this error
+  return message(error);
+}
+
+std::size_t inject_table_bytes(std::int64_t count) { return std::size_t(count) * sizeof(Entry); }
+
+const char* inject(const Inject& job, void* table, std::uintptr_t stream_handle) {
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
   std::vector<Entry> entries;
   int64_t tiles = 0;
@@ -177,20 +191,14 @@ const char* inject(const Inject& job, std::uintptr_t stream_handle) {
   }
   if (tiles == 0) return nullptr;
   if (tiles > 0x7fffffff) return "too many tiles for one launch";
-  Entry* table = nullptr;
-  const size_t bytes = entries.size() * sizeof(Entry);
-  cudaError_t error = cudaMallocAsync(reinterpret_cast<void**>(&table), bytes, stream);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
   // Pageable memory: the copy has read `entries` when the call returns.
-  error = cudaMemcpyAsync(table, entries.data(), bytes, cudaMemcpyHostToDevice, stream);
-  if (error == cudaSuccess) {
-    inject_kernel<<<unsigned(tiles), kThreads, 0, stream>>>(table, int(entries.size()),
-                                                           job.stochastic, job.seed, job.unchanged);
-    error = cudaGetLastError();
-  }
-  const cudaError_t freed = cudaFreeAsync(table, stream);
-  if (error == cudaSuccess) error = freed;
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  const cudaError_t error = cudaMemcpyAsync(table, entries.data(), inject_table_bytes(job.count),
+                                            cudaMemcpyHostToDevice, stream);
+  if (error != cudaSuccess) return message(error);
+  inject_kernel<<<unsigned(tiles), kThreads, 0, stream>>>(static_cast<const Entry*>(table),
+                                                         int(entries.size()), job.stochastic,
+                                                         job.seed, job.unchanged);
+  return message(cudaGetLastError());
 }
 
 }  // namespace cuda

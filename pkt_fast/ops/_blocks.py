@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from ..errors import ShapeError
 from ._gemm import Part, product, serves
 
 MEMORY_BUDGET = 64 << 20
@@ -123,6 +124,15 @@ def upper_times(x: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
         else:
             torch.mm(x[:, :end], factor[:end, start:end], out=out[:, start:end])
     return out
+
+
+def check_devices(op: str, like: Tensor, **others: Tensor | None) -> None:
+    """Raise ShapeError unless every tensor that is given is on the device of ``like``."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ShapeError(
+                f"{op}: {name} is on {tensor.device}, the rows are on {like.device}; move one"
+            )
 
 
 def floor_norm(norm: Tensor) -> Tensor:

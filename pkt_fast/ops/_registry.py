@@ -167,6 +167,23 @@ def native_module() -> Any | None:
     return None if stale_extension() else _built_module()
 
 
+@functools.cache
+def cuda_problem(device: torch.device) -> str | None:
+    """Why the extension's CUDA kernels cannot run on a GPU; None when they can.
+
+    The driver may be older than the CUDA runtime that nvcc linked, or the GPU older than the
+    architectures that it compiled for.  Triton's kernels run in either case.
+    """
+    ask = getattr(native_module(), "cuda_problem", None)
+    if ask is None:
+        return "no CUDA kernels were built"
+    with torch.cuda.device(device):
+        problem: str | None = ask()
+    if problem is not None:
+        logger.warning("the extension's CUDA kernels do not run on %s: %s", device, problem)
+    return problem
+
+
 def refuse_stale() -> None:
     """Raise BackendError where the preference in force would use an extension out of date.
 
@@ -240,13 +257,13 @@ def dispatch(op: str, like: Tensor, *args: Any) -> Any:
 
 def served_by() -> dict[str, dict[str, str]]:
     """For every op, the implementation that ``auto`` takes on "cpu" and on "cuda" (for reports)."""
+    on_gpu = ["cuda", "triton", "reference"]
+    if torch.cuda.is_available() and cuda_problem(torch.device("cuda")):
+        on_gpu.remove("cuda")
     return {
         op: {
             device: next(name for name in names if name in entry.implementations)
-            for device, names in (
-                ("cpu", ("native", "reference")),
-                ("cuda", ("cuda", "triton", "reference")),
-            )
+            for device, names in (("cpu", ["native", "reference"]), ("cuda", on_gpu))
         }
         for op, entry in sorted(_ops.items())
     }

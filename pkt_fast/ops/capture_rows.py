@@ -23,7 +23,7 @@ from ._native import (
     threads_for,
     up_to_32_bits,
 )
-from ._registry import dispatch, implementation, triton_implementation
+from ._registry import cuda_problem, dispatch, implementation, triton_implementation
 
 _library = torch.library.Library("pkt_fast", "FRAGMENT")
 _library.define(
@@ -248,7 +248,7 @@ if (_native_capture_rows := native_kernel("capture_rows")) is not None:
         normalize: bool,
     ) -> None:
         rows = value.shape[:-1].numel()
-        index = index.contiguous()
+        index = index.to(value.device).contiguous()
         operands = _operands(value, minus, other, other_minus)
         row_bytes = value.shape[-1] * (value.element_size() + out.element_size())
         wrong = _native_capture_rows(
@@ -263,17 +263,22 @@ if (_native_capture_rows := native_kernel("capture_rows")) is not None:
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}
 
+# What the side streams write to, by address: freed earlier, pinned memory would be lent again.
+_in_flight: dict[int, torch.UntypedStorage] = {}
+
 
 def synchronize_captures() -> None:
     """Wait for captures into pinned host memory; call it before reading the rows."""
     for stream in _side_streams.values():
         stream.synchronize()
+    _in_flight.clear()
 
 
 def _cuda_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:
     """From a GPU into pinned host memory, up to 32 bits wide."""
     return (
-        {out.dtype, value.dtype} <= DTYPE_CODES.keys() - {torch.float64}
+        cuda_problem(value.device) is None
+        and {out.dtype, value.dtype} <= DTYPE_CODES.keys() - {torch.float64}
         and all(x is None or x.dtype == value.dtype for x in rest[:3])
         and out.device.type == "cpu"
         and out.is_pinned()
@@ -313,6 +318,8 @@ if (_capture_rows_pinned := cuda_kernel("capture_rows_pinned")) is not None:
         for x in (index, *operands):
             if x is not None:
                 x.record_stream(side)
+        storage = out.untyped_storage()
+        _in_flight[storage.data_ptr()] = storage
 
 
 def _triton_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..errors import ConfigError, ShapeError
-from ._blocks import accumulation_dtype, floor_norm, no_float64, row_blocks, times, times_transpose
+from ._blocks import (
+    accumulation_dtype,
+    check_devices,
+    floor_norm,
+    no_float64,
+    row_blocks,
+    times,
+    times_transpose,
+)
 from ._registry import dispatch, implementation, triton_implementation
 
 KINDS = ("softmax", "top_k", "threshold")
@@ -42,6 +50,7 @@ def decompose(
     Raises :class:`~pkt_fast.errors.ShapeError` for shapes that do not fit and
     :class:`~pkt_fast.errors.ConfigError` for an impossible setting.
     """
+    check_devices("decompose", hidden, source_basis=source_basis, target_basis=target_basis)
     if (
         not hidden.dim() == source_basis.dim() == target_basis.dim() == 2
         or hidden.shape[1] != source_basis.shape[1]

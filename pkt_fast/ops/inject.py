@@ -29,7 +29,7 @@ from ._native import (
     native_kernel,
     threads_for,
 )
-from ._registry import dispatch, implementation, triton_implementation
+from ._registry import cuda_problem, dispatch, implementation, triton_implementation
 
 _library = torch.library.Library("pkt_fast", "FRAGMENT")
 _library.define(
@@ -57,7 +57,7 @@ def inject_(
 
     Raises :class:`~pkt_fast.errors.ShapeError`, before any weight is changed, when the lists,
     shapes, dtypes or devices do not fit, or when a weight shares memory with anything else written
-    or read.
+    or read, and :class:`~pkt_fast.errors.BackendError` while a CUDA graph is captured.
     """
     return _inject(
         list(weights), list(lora_a), list(lora_b), list(scales), list(transposed),
@@ -132,6 +132,11 @@ def _run(
     _check(weights, lora_a, lora_b, scales, transposed, backups, seed)
     if not weights:
         return torch.zeros(0, dtype=torch.int64)
+    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            "inject_ cannot be captured: a replay would add the change again, from a table of "
+            "addresses that is gone by then; call it outside of the CUDA graph"
+        )
     torch.autograd.graph.increment_version(
         [x for x in (*weights, *backups) if not x.is_inference()]
     )
@@ -243,7 +248,8 @@ def _cuda_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
     """Everything on one GPU, no float64 weights, rows of weights and backups contiguous."""
     lora_a, lora_b, _, _, backups, _ = rest
     return (
-        all(x.dtype in DTYPE_CODES for x in (*lora_a, *lora_b))
+        cuda_problem(weights[0].device) is None
+        and all(x.dtype in DTYPE_CODES for x in (*lora_a, *lora_b))
         and all(
             x.dtype in DTYPE_CODES and x.dtype != torch.float64 and x.device == weights[0].device
             for x in weights
@@ -313,11 +319,13 @@ if (_cuda_inject := cuda_kernel("inject_cuda")) is not None:
     ) -> Tensor:
         device = weights[0].device
         unchanged = torch.zeros(len(weights), dtype=torch.int64, device=device)
+        size = native_kernel("inject_table_bytes")(len(weights))
+        table = torch.empty(size, dtype=torch.uint8, device=device)
         matrices = _matrices(weights, lora_a, lora_b, scales, transposed, backups)
         with torch.cuda.device(device):
             stream = torch.cuda.current_stream(device).cuda_stream
             try:
-                _cuda_inject(matrices, unchanged.data_ptr(), seed, stream)
+                _cuda_inject(matrices, unchanged.data_ptr(), seed, table.data_ptr(), stream)
             except RuntimeError as error:
                 raise BackendError(f"inject_ on {device}: {error}") from error
         return unchanged

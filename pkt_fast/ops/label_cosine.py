@@ -20,6 +20,7 @@ from .. import reference
 from ..errors import ConfigError, DataError, ShapeError
 from ._blocks import (
     accumulation_dtype,
+    check_devices,
     differentiable_by_row,
     empty_outputs,
     floor_norm,
@@ -62,6 +63,7 @@ def label_cosine(
     to be waited for to say so; there such a row gives NaN.
     """
     _check(hidden, labels, weight, bias, smoothing)
+    check_devices("label_cosine", hidden, factor=factor, shift=shift, label_sum=label_sum)
     size = weight.shape[1]
     if factor.shape != (size, size) or shift.shape != (size,) or label_sum.shape != (size,):
         raise ShapeError(
@@ -78,6 +80,7 @@ def label_cosine(
 def _check(
     hidden: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, smoothing: float
 ) -> None:
+    check_devices("label_cosine", hidden, labels=labels, weight=weight, bias=bias)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ShapeError(
             f"label_cosine: hidden {tuple(hidden.shape)} and head {tuple(weight.shape)} must be "

@@ -19,6 +19,7 @@ from .. import reference
 from ..errors import ConfigError, ShapeError
 from ._blocks import (
     accumulation_dtype,
+    check_devices,
     differentiable_by_row,
     empty_outputs,
     no_float64,
@@ -55,6 +56,10 @@ def linear_kl(
     Raises :class:`~pkt_fast.errors.ShapeError` for shapes that do not fit and
     :class:`~pkt_fast.errors.ConfigError` for an impossible setting.
     """
+    check_devices(
+        "linear_kl", target_hidden, target_head=target_head, source_hidden=source_hidden,
+        source_head=source_head, target_bias=target_bias, source_bias=source_bias,
+    )  # fmt: skip
     _check(target_hidden, target_head, target_bias, "target")
     _check(source_hidden, source_head, source_bias, "source")
     if len(target_hidden) != len(source_hidden) or len(target_head) != len(source_head):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import ShapeError
-from ._blocks import accumulation_dtype, floor_norm, no_float64
+from ._blocks import accumulation_dtype, check_devices, floor_norm, no_float64
 from ._native import DTYPE_CODES, native_kernel, rows_contiguous, threads_for
 from ._registry import dispatch, implementation, triton_implementation
 
@@ -29,9 +29,10 @@ def relation(x: Tensor, y: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tens
     starts[s+1]; starts (S+1,) int64 rises from 0 to R -> three (S,) in float32 (float64 for float64
     ``x``).  A sequence of fewer than two tokens gives zeros and no gradient.
 
-    Raises :class:`~pkt_fast.errors.ShapeError` for shapes or starts that do not fit.  On a GPU the
-    values of ``starts`` are not checked, which would mean waiting for the device.
+    Raises :class:`~pkt_fast.errors.ShapeError` for shapes, devices or starts that do not fit.  On a
+    GPU the values of ``starts`` are not checked, which would mean waiting for the device.
     """
+    check_devices("relation", x, y=y, starts=starts)
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y):
         raise ShapeError(
             f"relation: x {tuple(x.shape)} and y {tuple(y.shape)} must be (R, D_x) and (R, D_y)"
