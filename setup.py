@@ -78,10 +78,16 @@ def ninja_command() -> str:
 
 
 class Cuda:
-    """What nvcc offers: its command, the architectures it knows, where its libraries are."""
+    """What nvcc offers: its command, the architectures it knows, where its libraries are.
 
-    def __init__(self, nvcc: str) -> None:
+    ``compiler`` is the host compiler's command; nvcc calls its program, without a launcher before
+    it (ccache) or flags behind it.
+    """
+
+    def __init__(self, nvcc: str, compiler: list[str]) -> None:
         self.nvcc = nvcc
+        program = [part for part in compiler if not part.startswith("-")][-1]
+        self.command = [nvcc, "-ccbin", program]
         listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
         known = set(re.findall(r"sm_(\d+)", listed.stdout))
         self.archs = [arch for arch in CUDA_ARCHS if arch in known]
@@ -111,7 +117,9 @@ class Cuda:
 
 
 def find_cuda(compiler: list[str]) -> Cuda | None:
-    """Nvcc from CUDA_HOME or PATH, when it works and PKT_FAST_CUDA does not forbid it."""
+    """Nvcc from CUDA_HOME, PATH or /usr/local/cuda, when it works with ``compiler`` and
+    PKT_FAST_CUDA does not forbid it.
+    """
     wish = os.environ.get("PKT_FAST_CUDA", "")
     if wish not in ("", "0", "1"):
         raise RuntimeError(f"PKT_FAST_CUDA={wish!r}: expected 0 or 1")
@@ -119,14 +127,16 @@ def find_cuda(compiler: list[str]) -> Cuda | None:
         say("CUDA kernels left out (PKT_FAST_CUDA=0)")
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [str(Path(home) / "bin" / "nvcc")] if home else []
-    nvcc = next((path for path in [*candidates, "nvcc"] if shutil.which(path)), None)
-    reason = "nvcc not found on PATH or in CUDA_HOME"
+    homes = [home, "/usr/local/cuda"] if home else ["/usr/local/cuda"]
+    candidates = [str(Path(folder) / "bin" / "nvcc") for folder in homes]
+    candidates.insert(len(homes) - 1, "nvcc")
+    nvcc = next((path for path in candidates if shutil.which(path)), None)
+    reason = "nvcc not found in CUDA_HOME, on PATH or in /usr/local/cuda"
     if nvcc is not None:
         try:
-            cuda = Cuda(nvcc)
+            cuda = Cuda(nvcc, compiler)
             probe = "__global__ void probe() {} int main() { probe<<<1, 1>>>(); return 0; }"
-            if compiles([nvcc, *cuda.flags], probe, ".cu"):
+            if compiles([*cuda.command, *cuda.flags], probe, ".cu"):
                 return cuda
             reason = f"{nvcc} cannot compile a kernel with {' '.join(compiler)}"
         except (OSError, RuntimeError) as error:
@@ -239,7 +249,7 @@ class NativeBuild(build_ext):
         defines = [f'-D{name}="{value}"' for name, value in facts.items()]
         if cuda:
             defines.append("-DPKT_HAVE_CUDA")
-            graph.rule("nvcc", [cuda.nvcc, "-ccbin", compiler[0], *cuda.flags, f"-I{CSRC}"])
+            graph.rule("nvcc", [*cuda.command, *cuda.flags, f"-I{CSRC}"])
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 graph.compile("nvcc", source, [])
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]

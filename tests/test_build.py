@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,29 @@ def checkout(tmp_path_factory):
     shutil.copytree(ROOT, copy, ignore=ignored)
     (copy / "README.md").touch()
     return copy
+
+
+def test_nvcc_is_probed_as_it_builds(tmp_path, monkeypatch):
+    """With the host compiler that $CXX names, for the architectures that this nvcc knows."""
+    calls = tmp_path / "calls"
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\ncase "$1" in\n'
+        "--list-gpu-code) echo sm_80 sm_86 sm_90 ;;\n--version) echo release 12.4, V12.4 ;;\nesac\n"
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.delenv("PKT_FAST_CUDA", raising=False)
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    module = runpy.run_path(str(ROOT / "setup.py"))
+    cuda = module["find_cuda"](["ccache", "g++-12", "-m64"])
+    assert (cuda.version, cuda.archs) == ("12.4", ["80", "90"])
+    assert cuda.command == [str(nvcc), "-ccbin", "g++-12"]
+    probe = calls.read_text().splitlines()[-1]
+    assert probe.startswith("-ccbin g++-12 ")
+    assert "arch=compute_90,code=compute_90" in probe
+    assert "100" not in probe
 
 
 def build(checkout, kind):
