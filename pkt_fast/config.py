@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,8 +197,12 @@ class TransferConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: give True or False")
         object.__setattr__(self, "layers", _layers(self.layers))
         object.__setattr__(self, "target_modules", _names(self.target_modules))
-        if self.objective == "none" and self.output_loss == "none" and not self.label_weight:
-            raise ConfigError("objective='none' and output_loss='none' leave nothing to train on")
+        if self.solver == "adamw" and not self._losses():
+            raise ConfigError(
+                "nothing to train on: set objective, output_loss or label_weight, with a weight "
+                f"above 0 (objective={self.objective!r}, layer_weight={self.layer_weight:g}, "
+                f"output_loss={self.output_loss!r}, output_weight={self.output_weight:g})"
+            )
         if self.method in ("seeking", "laten") and (self.solver != "adamw" or self.warm_start):
             raise ConfigError(
                 f"method={self.method!r} finds its delta itself: use solver='adamw' and "
@@ -216,6 +220,12 @@ class TransferConfig:
             )
         if self.method == "laten" and self.schedule != "joint":
             raise ConfigError("method='laten' injects every layer at once: use schedule='joint'")
+
+    def _losses(self) -> bool:
+        """Whether any loss has a weight."""
+        layer = self.objective != "none" and self.layer_weight > 0
+        output = self.output_loss != "none" and self.output_weight > 0
+        return layer or output or self.label_weight > 0
 
     @classmethod
     def fields(cls) -> dict[str, str]:
@@ -305,7 +315,7 @@ _RANGES: dict[str, _Range] = {
     "temperature": _POSITIVE,
     "coefficient_temperature": _POSITIVE,
     "top_k": _at_least(int, 1),
-    "threshold": _at_least(float, 0),
+    "threshold": _FRACTION,
     "fit_examples": _at_least(int, 1),
     "fit_ridge": _POSITIVE,
     "num_layers": _at_least(int, 1),
@@ -357,16 +367,16 @@ def _within(name: str, value: Any, kind: type, test: Callable[[Any], bool], want
 
 
 def _layers(value: Any) -> tuple[int, ...] | str | None:
-    if value is None or value == "all":
-        return value  # type: ignore[no-any-return]
-    value = _plain(value)
+    if value is None or (isinstance(value, str) and value == "all"):
+        return value
+    given, value = value, _plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,)
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         value = [_plain(layer) for layer in value]
     valid = isinstance(value, list) and len(value) > 0
     if not valid or any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in value):
-        raise ConfigError(f"layers={value!r}: give 0-based target layers such as [3, 5], or 'all'")
+        raise ConfigError(f"layers={given!r}: give 0-based target layers such as [3, 5], or 'all'")
     return tuple(sorted(set(value)))
 
 

@@ -7,6 +7,7 @@ layer and keep that layer's input for every real token.  Training then needs nei
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -27,6 +28,7 @@ from .anatomy import Anatomy
 from .capture import Wanted, check_finite, record
 from .data.batches import Batch, collate
 from .data.examples import Example, Examples
+from .errors import OutputError
 from .ops import synchronize_captures
 from .stores import (
     ActivationStore,
@@ -94,15 +96,33 @@ class StorePlace:
                 synchronize_captures()  # after an error as well: the memory goes to somebody else
             store.check_complete()
             return store
-        directory = self.directory or Path(tempfile.mkdtemp(prefix="pkt_fast_store_"))
-        path = directory / _named(kind, fingerprint)
-        known = open_directory_store(path, fingerprint)
-        if known is None:
-            with writing_directory_store(path, counts, order, columns, fingerprint) as known:
-                fill(known)
+        with self._directory() as directory:
+            path = directory / _named(kind, fingerprint)
+            known = open_directory_store(path, fingerprint)
+            if known is None:
+                with writing_directory_store(path, counts, order, columns, fingerprint) as known:
+                    fill(known)
         if self.directory is None:
             weakref.finalize(known, shutil.rmtree, directory, ignore_errors=True)
         return known
+
+    @contextlib.contextmanager
+    def _directory(self) -> Iterator[Path]:
+        """Where a store is made; a temporary place is removed after an error."""
+        if self.directory is not None:
+            yield self.directory
+            return
+        try:
+            temporary = Path(tempfile.mkdtemp(prefix="pkt_fast_store_"))
+        except OSError as error:
+            raise OutputError(
+                f"no temporary place for a store above store_budget_gb: {error.strerror}"
+            ) from error
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
     def remembered(
         self,

@@ -371,6 +371,8 @@ def open_directory_store(path: Path, fingerprint: Mapping[str, Any]) -> Activati
             name: _open_column(path, name, entry) for name, entry in manifest["columns"].items()
         }
         store = ActivationStore(manifest["counts"], manifest["order"], columns)
+    except StoreError:
+        raise
     except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise StoreError(
             f"store {path} is damaged ({error}); delete it to build it anew"

@@ -33,6 +33,7 @@ from .anatomy import Anatomy
 from .config import TransferConfig
 from .critical import SeenRows, attributed_pairs
 from .delta import LayerDelta
+from .errors import OutputError
 from .inputs import TransferInputs
 from .lending import differentiable, lent
 from .loading import resolve_device
@@ -123,7 +124,7 @@ def transfer(
     """
     settings = TransferConfig.make(config, preset, **overrides)
     if output_dir is not None:
-        check_output_dir(output_dir, settings.overwrite)
+        _check_apart(settings.store, check_output_dir(output_dir, settings.overwrite))
     with computing_as(settings), lent(src, source_base, kept=tgt), differentiable():
         inputs = TransferInputs.load(
             src, tgt, data, tokenizer, settings, progress=progress, source_base=source_base
@@ -132,6 +133,16 @@ def transfer(
     if output_dir is not None:
         result.save(output_dir, overwrite=settings.overwrite)
     return result
+
+
+def _check_apart(store: str, output: Path) -> None:
+    """Refuse a store inside the output directory, which has to be empty, or pkt_fast's results
+    alone, when these are written.
+    """
+    if store != "memory" and local(store).resolve().is_relative_to(output.resolve()):
+        raise OutputError(
+            f"store {store} lies in the output directory {output}: choose a place outside it"
+        )
 
 
 @contextlib.contextmanager

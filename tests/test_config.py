@@ -41,6 +41,10 @@ def test_every_field_has_a_description():
         ({"learning_rte": 1e-3}, "did you mean 'learning_rate'"),
         ({"zzz": 1}, "unknown setting 'zzz'; known:"),
         ({"objective": "none", "output_loss": "none"}, "nothing to train on"),
+        ({"layer_weight": 0, "output_weight": 0}, "nothing to train on"),
+        ({"method": "sft", "label_weight": 0, "output_weight": 0}, "nothing to train on"),
+        ({"threshold": 1.0}, "threshold=1.0: give a number from 0 up to, not including, 1"),
+        ({"layers": np.array([1.5])}, "layers=array([1.5])"),
         ({"preset": "worst"}, "preset='worst'"),
         ({"store": ""}, "store=''"),
         ({"limit": 0}, "limit=0: give an integer of at least 1"),
@@ -80,6 +84,8 @@ def test_numpy_numbers_become_pythons():
         epochs=np.int64(2), learning_rate=np.float32(0.5), layers=[np.int32(1)], limit=np.int8(3)
     )
     assert (config.epochs, config.learning_rate, config.layers, config.limit) == (2, 0.5, (1,), 3)
+    assert TransferConfig(layers=np.array([2, 1])).layers == (1, 2)
+    assert TransferConfig(layers=range(2)).layers == (0, 1)
     json.dumps(config.as_dict())
 
 

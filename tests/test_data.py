@@ -681,6 +681,14 @@ def test_datasets_dataset(bare):
         read_rows(datasets.DatasetDict({"train": table}))
 
 
+def test_a_table_is_not_read_as_its_column_names(bare):
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame([{"prompt": "q", "completion": "a"}])
+    with pytest.raises(DataError, match=r"give data.to_dict\('records'\)"):
+        read_rows(table)
+    assert len(encode(table.to_dict("records"), bare)) == 1
+
+
 def test_bundled_rows(monkeypatch, bare):
     module = types.ModuleType("pkt_fast.demo")
     module.bundled_rows = lambda: [chat("q", "a"), chat("q", "b")]

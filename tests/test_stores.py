@@ -1,6 +1,7 @@
 """Activation stores: what goes in comes out, on disk as in memory, and damage is noticed."""
 
 import json
+import tempfile
 import threading
 
 import pytest
@@ -147,7 +148,7 @@ def test_damage_and_foreign_stores_are_noticed(tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(StoreError, match="checksum"):
+    with pytest.raises(StoreError, match=r"^store shard .*checksum"):
         open_directory_store(path, PRINT)
     shard.unlink()
     with pytest.raises(StoreError, match="damaged"):
@@ -182,6 +183,20 @@ def test_place_reuses_a_directory_and_spills_when_memory_is_short(tmp_path):
     assert directory.exists()
     del spilled
     assert not directory.exists()
+
+
+def test_a_temporary_place_is_left_to_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def broken(store):
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        StorePlace(None, 10).filled("source", COUNTS, ORDER, COLUMNS, PRINT, broken)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match="no temporary place for a store"):
+        StorePlace(None, 10).filled("source", COUNTS, ORDER, COLUMNS, PRINT, broken)
 
 
 def test_fingerprint_sees_any_parameter():

@@ -424,6 +424,14 @@ def test_output_directory_must_be_free(tmp_path):
         transfer(*pair(), output_dir=tmp_path / "out" / "report.json")
 
 
+@pytest.mark.parametrize("store", ["out", "out/store", "link/store"])
+def test_a_store_in_the_output_directory_is_refused_at_once(tmp_path, store):
+    (tmp_path / "link").symlink_to("out")
+    with pytest.raises(OutputError, match="lies in the output directory"):
+        transfer("none", "none", output_dir=tmp_path / "out", store=tmp_path / store)
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_without_a_common_vocabulary(tmp_path):
     other = toy_tokenizers.byte_level(bos=False)
 

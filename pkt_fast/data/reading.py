@@ -165,6 +165,10 @@ def _open_object(data: Any) -> tuple[Iterator[Any], Origin]:
     if isinstance(data, Mapping):
         hint = f"choose a split: {', '.join(map(str, data))}" if from_datasets else "wrap it in []"
         raise DataError(f"data is a {kind.__name__}, not a sequence of rows; {hint}")
+    if callable(getattr(data, "iterrows", None)):  # a table, whose iteration gives column names
+        raise DataError(
+            f"data is a {kind.__name__}, not a sequence of rows; give data.to_dict('records')"
+        )
     if not isinstance(data, Iterable):
         raise DataError(
             f"data of type {kind.__name__} is not understood; give a path, a list of dicts or "
