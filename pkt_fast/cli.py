@@ -136,7 +136,8 @@ def _attribute(commands: Any) -> None:
     parser.add_argument("--source", required=True, metavar="MODEL", help=_MODEL)
     parser.add_argument("--target", metavar="MODEL", help="also pair layers with this target's")
     _add_data(parser, "rows to measure on")
-    chosen = ("interface", "reduction", "num_layers", "attribution_examples", "micro_batch_size")
+    layers = ("interface", "reduction", "num_layers", "pairing")
+    chosen = (*layers, "attribution_examples", "micro_batch_size")
     _add_settings(parser, (*chosen, *_DATA_SETTINGS, *_MODEL_SETTINGS))
 
 

@@ -143,7 +143,8 @@ def _attribute(args: argparse.Namespace) -> None:
     pairs = []
     if args.target is not None:
         target = _load(args.target, "target", config)
-        pairs = pair_by_score(len(scores), Anatomy.of(target).num_layers, scores, config.num_layers)
+        layers = len(scores), Anatomy.of(target).num_layers
+        pairs = pair_by_score(*layers, scores, config.num_layers, config.pairing)
     paired = {layer for pair in pairs for layer in pair.source}
     table = Table("layer", "score", "", "paired" if pairs else "")
     top = max(map(abs, scores)) or 1.0

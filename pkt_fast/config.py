@@ -16,6 +16,7 @@ from typing import Any
 
 from ._files import local, read_object
 from .errors import ConfigError
+from .pairing import PAIRINGS
 
 METHODS = ("semalign", "sft", "kd", "hidden_kd", "seeking", "laten")
 INTERFACES = ("mlp", "attention", "block", "contribution")
@@ -41,8 +42,14 @@ STEADY: dict[str, Any] = {
     "max_grad_norm": 1.0,
 }
 
+# The second version trains every layer on one source layer alone, from shallow to deep.
+_SECOND = {"layers": "all", "pairing": "single", "schedule": "frontier", "output_loss": "kl"}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    "paper-v2": {**_SECOND, "objective": "relation", "interface": "contribution"},
+    # The ACL text compares logits, so the map is the one that keeps them.
+    "paper-acl": {**_SECOND, "objective": "fisher", "interface": "block", "recompose": "logit"},
     # What won with few rows (docs/methods.md, "What was measured").
     "best": {
         "objective": "squared",
@@ -123,6 +130,11 @@ class TransferConfig:
     layers: tuple[int, ...] | str | None = _setting(
         None, "target layers to steer (0-based) instead of attributing, or 'all'"
     )
+    pairing: str = _setting(
+        "interpolated",
+        "source layers of a target layer: two where the depths ask for it, or one: "
+        + ", ".join(PAIRINGS),
+    )
     reduction: str = _setting("absolute", "attribution score: " + ", ".join(REDUCTIONS))
     attribution_examples: int = _setting(32, "examples the attribution is measured on")
     schedule: str = _setting(
@@ -132,8 +144,10 @@ class TransferConfig:
     solver: str = _setting("adamw", "how the delta is found: " + ", ".join(SOLVERS))
     ridge: float = _setting(1e-2, "ridge strength of solver='ridge', relative to the mean moment")
     warm_start: bool = _setting(False, "start adamw from the ridge solution")
-    epochs: int = _setting(5, "passes over the data")
-    steps: int | None = _setting(None, "optimiser steps, in place of whole epochs")
+    epochs: int = _setting(5, "passes over the data; the frontier's stages share them")
+    steps: int | None = _setting(
+        None, "optimiser steps in place of whole epochs; the frontier's stages share them"
+    )
     batch_size: int = _setting(64, "examples a step")
     micro_batch_size: int = _setting(16, "examples a forward pass (gradients accumulate to a step)")
     learning_rate: float = _setting(3e-4, "AdamW learning rate")
@@ -263,6 +277,12 @@ class TransferConfig:
         _one_of("method", method, METHODS)
         return cls(**{**METHOD_SETTINGS[method], **settings})
 
+    def num_steered(self, num_layers: int) -> int:
+        """How many layers train of a target that has ``num_layers``."""
+        if self.layers is None:
+            return self.num_layers
+        return num_layers if self.layers == "all" else len(self.layers)
+
     def as_dict(self) -> dict[str, Any]:
         """All settings with JSON types."""
         return {
@@ -284,6 +304,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "fit": FITS,
     "kl_kind": KL_KINDS,
     "reduction": REDUCTIONS,
+    "pairing": PAIRINGS,
     "labels": LABELS,
     "schedule": SCHEDULES,
     "solver": SOLVERS,

@@ -42,11 +42,12 @@ def attributed_pairs(
     chosen = inputs.config.layers
     if chosen == "all":
         chosen = tuple(range(target_layers))
+    pairing = inputs.config.pairing
     if chosen is not None:
-        return None, [source_for(source_layers, target_layers, int(k)) for k in chosen]
+        return None, [source_for(source_layers, target_layers, int(k), pairing) for k in chosen]
     scores = _remembered_scores(inputs, seen)
     return scores, pair_by_score(
-        source_layers, target_layers, scores.tolist(), inputs.config.num_layers
+        source_layers, target_layers, scores.tolist(), inputs.config.num_layers, pairing
     )
 
 

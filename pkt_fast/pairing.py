@@ -13,6 +13,8 @@ from fractions import Fraction
 
 from .errors import ConfigError
 
+PAIRINGS = ("interpolated", "single")
+
 
 @dataclass(frozen=True)
 class LayerPair:
@@ -46,14 +48,27 @@ def _check_counts(num_source: int, num_target: int) -> None:
         )
 
 
-def source_for(num_source: int, num_target: int, target: int) -> LayerPair:
-    """The source activation paired with 0-based ``target`` layer, interpolated as the paper does.
+def _check_pairing(pairing: str) -> None:
+    if pairing not in PAIRINGS:
+        raise ConfigError(f"pairing={pairing!r}: choose one of {', '.join(PAIRINGS)}")
 
-    With k = target + 1 and u = L_src·k / L_tgt: a = max(1, min(⌊u⌋, L_src − 1)), b = a + 1,
-    λ = clip(u − a, 0, 1).  Raises :class:`ConfigError` when ``target`` is out of range.
+
+def source_for(
+    num_source: int, num_target: int, target: int, pairing: str = "interpolated"
+) -> LayerPair:
+    """The source layer, or two, paired with 0-based ``target`` layer k − 1.
+
+    "interpolated" is the first version's rule: with u = L_src·k / L_tgt, a = max(1, min(⌊u⌋,
+    L_src − 1)), b = a + 1, λ = clip(u − a, 0, 1).  "single", the second version's "exactly one
+    source layer", takes ℓ(k) = max(1, ⌊u⌋) alone.
+
+    Raises :class:`ConfigError` when ``target`` is out of range or ``pairing`` is unknown.
     """
     _check_counts(num_source, num_target)
     _check_layer("target", target, num_target)
+    _check_pairing(pairing)
+    if pairing == "single":
+        return LayerPair(target, (_depth(num_source, num_target, target + 1) - 1,))
     u = Fraction(num_source * (target + 1), num_target)
     a = max(1, min(math.floor(u), num_source - 1))
     lam = min(max(u - a, Fraction(0)), Fraction(1))
@@ -64,6 +79,11 @@ def source_for(num_source: int, num_target: int, target: int) -> LayerPair:
     return LayerPair(target, (a - 1, a), float(lam))
 
 
+def _depth(num_source: int, num_target: int, k: int) -> int:
+    """ℓ(k) = max(1, ⌊L_src·k / L_tgt⌋), both 1-based."""
+    return max(1, num_source * k // num_target)
+
+
 def target_for(num_source: int, num_target: int, critical: int) -> int:
     """k† = min{k : ℓ(k) ≥ ℓ*}, or the last target layer, with ℓ(k) = max(1, ⌊L_src·k / L_tgt⌋).
 
@@ -72,30 +92,41 @@ def target_for(num_source: int, num_target: int, critical: int) -> int:
     _check_counts(num_source, num_target)
     _check_layer("source", critical, num_source)
     for k in range(1, num_target + 1):
-        if max(1, num_source * k // num_target) >= critical + 1:
+        if _depth(num_source, num_target, k) >= critical + 1:
             return k - 1
     return num_target - 1
 
 
-def pair_layers(num_source: int, num_target: int, critical: int | Iterable[int]) -> list[LayerPair]:
+def pair_layers(
+    num_source: int,
+    num_target: int,
+    critical: int | Iterable[int],
+    pairing: str = "interpolated",
+) -> list[LayerPair]:
     """Pair every critical source layer with its target layer; the paper's rule, 0-based.
 
     ``critical`` is one source layer or several; target layers they share appear once.  Returns
-    pairs in ascending order of target layer.  Raises :class:`ConfigError` for a layer out of range.
+    pairs in ascending order of target layer.  Raises :class:`ConfigError` for a layer out of range
+    or an unknown ``pairing``.
     """
     layers = [critical] if isinstance(critical, int) else list(critical)
     targets = sorted({target_for(num_source, num_target, layer) for layer in layers})
-    return [source_for(num_source, num_target, target) for target in targets]
+    return [source_for(num_source, num_target, target, pairing) for target in targets]
 
 
 def pair_by_score(
-    num_source: int, num_target: int, scores: Sequence[float], count: int
+    num_source: int,
+    num_target: int,
+    scores: Sequence[float],
+    count: int,
+    pairing: str = "interpolated",
 ) -> list[LayerPair]:
     """Pair the ``count`` target layers reached first when source layers are taken by falling score.
 
     Several critical source layers can share a target layer, so more than ``count`` source layers
     may be looked at.  Ties go to the shallower layer.  Returns pairs in ascending order of target
-    layer.  Raises :class:`ConfigError` for a wrong number of scores or a count out of range.
+    layer.  Raises :class:`ConfigError` for a wrong number of scores, a count out of range or an
+    unknown ``pairing``.
     """
     if len(scores) != num_source:
         raise ConfigError(f"got {len(scores)} layer scores for a source of {num_source} layers")
@@ -108,4 +139,4 @@ def pair_by_score(
             targets.append(target)
     # With L_src < L_tgt the rule does not reach every target layer; the rest follow, shallow first.
     targets += [k for k in range(num_target) if k not in targets]
-    return [source_for(num_source, num_target, target) for target in sorted(targets[:count])]
+    return [source_for(num_source, num_target, k, pairing) for k in sorted(targets[:count])]

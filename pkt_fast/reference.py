@@ -151,15 +151,17 @@ def gather_rows(
 
 def pair(num_source: int, num_target: int, critical: int) -> tuple[int, int, int, float]:
     """(k†, a, b, λ), all 1-based as in the paper, for a critical source layer ℓ*."""
-
-    def ell(k: int) -> int:
-        return max(1, math.floor(num_source * k / num_target))
-
-    reached = [k for k in range(1, num_target + 1) if ell(k) >= critical]
+    depths = range(1, num_target + 1)
+    reached = [k for k in depths if single_source(num_source, num_target, k) >= critical]
     k = min(reached) if reached else num_target
     u = num_source * k / num_target
     a = max(1, min(math.floor(u), num_source - 1))
     return k, a, a + 1, min(max(u - a, 0.0), 1.0)
+
+
+def single_source(num_source: int, num_target: int, k: int) -> int:
+    """ℓ(k), the one source layer of target layer k (v2), both 1-based."""
+    return max(1, math.floor(num_source * k / num_target))
 
 
 # --------------------------------------------------------------------------- losses

@@ -1,5 +1,7 @@
 """Training the paired layers: all at once, or stage by stage from shallow to deep.
 
+The stages share the steps of the transfer, so that every schedule makes as many updates.
+
 A stage trains the adapters of its layers on the *tail*, the target from the first of them up: the
 blocks below are frozen, so their output is computed once and stored (:func:`prefix_rows`).
 """
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from .anatomy import Anatomy
+from .config import TransferConfig
+from .errors import ConfigError
 from .inputs import TransferInputs
 from .methods import DeltaMaker, MethodInputs, delta_maker
 from .objectives import FrozenHead, needs_target_head, training_terms
@@ -19,16 +23,17 @@ from .pairing import LayerPair
 from .phases import INPUT, layer_column, longest_first, run_prefix
 from .report import loss_names
 from .ridge import RidgeMaker, output_projections, solve_layers
-from .steering import Loader, Record, Tail, plan_steps, train
+from .steering import Loader, Record, StepPlan, Tail, plan_steps, share_steps, train
 from .stores import ActivationStore, model_fingerprint
 
 
 def check_adaptable(inputs: TransferInputs, pairs: Sequence[LayerPair]) -> None:
-    """Refuse, before any pass over the data, layers that have nothing to adapt, or no output
-    projection where one is solved for.
+    """Refuse, before any pass over the data, layers that have nothing to adapt, no output
+    projection where one is solved for, or no step for each of the frontier's stages.
 
     Raises:
-        ConfigError: ``target_modules`` match nothing, or leave the output projection out.
+        ConfigError: ``target_modules`` match nothing, or leave the output projection out; fewer
+            steps than stages.
         ModelError: the interface has no output projection that can be adapted.
     """
     target, modules = Anatomy.of(inputs.target), inputs.config.target_modules
@@ -37,6 +42,23 @@ def check_adaptable(inputs: TransferInputs, pairs: Sequence[LayerPair]) -> None:
         target.lora_targets(layer, modules)
     if _solves(inputs):
         output_projections(target, layers, inputs.config.interface, modules)
+    check_budget(
+        inputs.config, len(plan_steps(inputs.examples.lengths, inputs.config)), len(layers)
+    )
+
+
+def check_budget(config: TransferConfig, steps: int, layers: int) -> None:
+    """Refuse a frontier over ``layers`` that leaves some of them without any of the ``steps``.
+
+    Raises:
+        ConfigError: fewer steps than layers.
+    """
+    if config.schedule == "frontier" and config.solver == "adamw" and steps < layers:
+        raise ConfigError(
+            f"schedule='frontier' trains {layers} layers one after the other, and the whole "
+            f"transfer has {steps} steps: raise epochs or steps, lower batch_size, or name fewer "
+            "layers"
+        )
 
 
 def _solves(inputs: TransferInputs) -> bool:
@@ -82,11 +104,13 @@ def steer(
     stages = _Stages(inputs, maker, supervision, source_head)
     history: list[Record] = []
     joint = inputs.config.schedule == "joint"
+    # The frontier goes from shallow to deep; earlier layers stay as trained.
+    steered = [maker.layers] if joint else [[layer] for layer in maker.layers]
+    planned = plan_steps(inputs.examples.lengths, inputs.config)
     try:
         model = maker.attach(inputs.target)
-        # The frontier goes from shallow to deep; earlier layers stay as trained.
-        for layers in [maker.layers] if joint else [[layer] for layer in maker.layers]:
-            history += stages.train(model, layers, first_step=len(history))
+        for layers, steps in zip(steered, share_steps(planned, len(steered)), strict=True):
+            history += stages.train(model, layers, steps, first_step=len(history))
         return maker.finish(model), history
     except BaseException:
         maker.abandon()
@@ -102,8 +126,12 @@ class _Stages:
     supervision: ActivationStore | None
     source_head: FrozenHead | None
 
-    def train(self, model: nn.Module, layers: Sequence[int], first_step: int) -> list[Record]:
-        """Train the adapters of ``layers`` on the tail that starts at the first of them."""
+    def train(
+        self, model: nn.Module, layers: Sequence[int], steps: Sequence[StepPlan], first_step: int
+    ) -> list[Record]:
+        """Train the adapters of ``layers`` in ``steps`` on the tail that starts at the first of
+        them.
+        """
         inputs = self.inputs
         parameters = self.maker.parameters(model, layers)
         model.requires_grad_(False)
@@ -121,7 +149,7 @@ class _Stages:
             solution = self._solve(model, layers, loader, first_step)
             if inputs.config.solver == "ridge":
                 return solution
-        return self._descend(model, layers, loader, parameters, first_step)
+        return self._descend(model, layers, loader, parameters, steps, first_step)
 
     def _solve(
         self, model: nn.Module, layers: Sequence[int], loader: Loader, first_step: int
@@ -144,6 +172,7 @@ class _Stages:
         layers: Sequence[int],
         loader: Loader,
         parameters: list[nn.Parameter],
+        steps: Sequence[StepPlan],
         first_step: int,
     ) -> list[Record]:
         """Minimise L_layer + L_out (paper, "training") over the adapters of ``layers``."""
@@ -161,10 +190,9 @@ class _Stages:
         )
         learned = [parameter for term in terms for parameter in term.parameters]
         lengths = self.inputs.examples.lengths
-        planned = plan_steps(lengths, config)
         whole = len(layers) == len(self.maker.layers)
         name = "steer" if whole else f"steer layer {layers[0]}"
-        with phases.phase(name, len(planned)) as update:
+        with phases.phase(name, len(steps)) as update:
 
             def on_step(record: Record) -> None:
                 update(1, " ".join(f"{k} {record[k]:.4f}" for k in loss_names([record])))
@@ -174,11 +202,12 @@ class _Stages:
                 loader,
                 terms,
                 parameters + learned,
+                steps,
                 config,
                 on_step=on_step,
                 first_step=first_step,
             )
-        visited = (lengths[i] for step in planned for micro in step.micro for i in micro)
+        visited = (lengths[i] for step in steps for micro in step.micro for i in micro)
         phases.clock.count(name, sum(visited))
         return history
 

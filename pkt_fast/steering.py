@@ -281,6 +281,12 @@ def plan_steps(lengths: Sequence[int], config: TransferConfig) -> list[StepPlan]
     return planned
 
 
+def share_steps(planned: Sequence[StepPlan], stages: int) -> list[Sequence[StepPlan]]:
+    """``planned`` cut into ``stages`` runs of steps, as even as they get, in order."""
+    cuts = [len(planned) * stage // stages for stage in range(stages + 1)]
+    return [planned[start:end] for start, end in itertools.pairwise(cuts)]
+
+
 def learning_rate_factor(step: int, steps: int, config: TransferConfig) -> float:
     """Multiplier of the learning rate at ``step`` (0-based) of ``steps``: warm-up, then decay."""
     warmup = math.ceil(config.warmup_fraction * steps)
@@ -296,19 +302,21 @@ def train(
     loader: Loader,
     terms: Sequence[WeightedTerm],
     parameters: Sequence[nn.Parameter],
+    steps: Sequence[StepPlan],
     config: TransferConfig,
     *,
     on_step: OnStep = lambda record: None,
     first_step: int = 0,
 ) -> list[Record]:
-    """Minimise the weighted terms over ``parameters``; one record a step.
+    """Minimise the weighted terms over ``parameters`` in ``steps``; one record a step.
+
+    The learning rate rises and falls once over ``steps``.
 
     Losses stay on the device and are read every ``config.log_every`` steps: on a GPU every read
     waits for it.  A float16 model trains
     on a scaled loss: the gradients of the mean over many rows would be subnormal.  Raises
     :class:`NumericsError` naming the step and the term when a loss is not finite.
     """
-    steps = plan_steps(loader.examples.lengths, config)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,

@@ -50,6 +50,12 @@ def run(methods, data=TRAIN, models=None, **options):
     )  # fmt: skip
 
 
+ADDED = (
+    "paper-v2", "paper-acl", "logit_cosine", "kd+softmax", "kd+top_k", "kd+fisher", "kd+lens",
+    "ridge", "kd+ridge",
+)  # fmt: skip
+
+
 # --------------------------------------------------------------------------- trials and recipes
 
 
@@ -80,7 +86,8 @@ def test_three_fields_cover_the_whole_grid():
 def test_recipes_know_whether_they_use_labels():
     labelled = {name for name, recipe in RECIPES.items() if recipe.uses_labels}
     assert {"sft", "sft+kd", "paper", "seeking", "laten", "sft+kd+delta"} <= labelled
-    assert not {"kd", "hidden_kd", "kd+dual", "kd+fitted", "kd+delta"} & labelled
+    unlabelled = set(RECIPES) - labelled
+    assert {"kd", "hidden_kd", "kd+dual", "kd+fitted", "kd+delta", *ADDED} <= unlabelled
 
 
 def test_unknown_and_repeated_methods_are_refused():
@@ -213,13 +220,44 @@ def test_all_recipes_train_for_the_same_steps_and_share_what_the_source_writes(m
     assert found.settings["steps"] == 4
 
 
+def test_every_way_to_transfer_makes_the_same_number_of_updates(monkeypatch):
+    updates, real = [], module.transfer
+
+    def spy(*models_and_rows, **options):
+        result = real(*models_and_rows, **options)
+        updates.append(sum(record["learning_rate"] > 0 for record in result.history))
+        return result
+
+    monkeypatch.setattr(module, "transfer", spy)
+    shared = {"seeds": [0], "tune_budget": 1, "epochs": 2, "generate": False}
+    found = run(ADDED, learning_rate_schedule="constant", **shared)
+    assert found.settings["steps"] == 4
+    solved = ADDED.index("ridge")
+    assert updates[2 * solved : 2 * solved + 2] == [0, 0]
+    assert updates[: 2 * solved] + updates[2 * solved + 2 :] == [4] * (2 * len(ADDED) - 2)
+    assert found.notes() == [
+        "ridge: solved from one pass over the rows, without steps",
+        "kd+ridge: solved from one pass over the rows, then trained for all steps",
+        "paper-v2, paper-acl: the layers train one after the other and share the steps",
+    ]
+    assert all(found.markdown().count(f"\n{note}\n") == 1 for note in found.notes())
+    assert found.table().caption == "\n".join(found.notes())
+
+
+def test_a_frontier_without_a_step_for_every_layer_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(module, "transfer", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(ConfigError, match=r"2 layers one after the other.* 1 steps"):
+        run(["sft", "paper-v2"], steps=1)
+
+
 def test_given_learning_rates_replace_those_of_the_recipes():
     own = Recipe("own", {}, {"learning_rate": (0.5,)})
-    found = recipes(["sft", "sft+kd", "laten", own], [1e-2, 3e-2])
-    tried = {recipe.name: recipe.tuned["learning_rate"] for recipe in found}
+    found = recipes(["sft", "sft+kd", "laten", own, "ridge"], [1e-2, 3e-2])
+    tried = {r.name: r.tuned.get("learning_rate", r.tuned) for r in found}
     assert tried["sft"] == tried["sft+kd"] == (1e-2, 3e-2)
     assert tried["laten"] == RECIPES["laten"].tuned["learning_rate"]
     assert tried["own"] == (0.5,)
+    assert tried["ridge"] == RECIPES["ridge"].tuned
     assert found[1].tuned["label_weight"] == RECIPES["sft+kd"].tuned["label_weight"]
 
 

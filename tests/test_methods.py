@@ -119,6 +119,9 @@ def test_settings_survive_a_round_trip(method):
 
 def test_presets():
     assert TransferConfig.make(preset="paper") == TransferConfig()
+    second = TransferConfig.make(preset="paper-v2")
+    assert (second.schedule, second.pairing, second.layers) == ("frontier", "single", "all")
+    assert (second.objective, second.interface) == ("relation", "contribution")
     best = TransferConfig.make(preset="best", layer_weight=1.0)
     assert (best.output_loss, best.recompose, best.layer_weight) == ("kl", "fitted", 1.0)
     with pytest.raises(DataError, match="set min_rows=0"):  # rows without a chat template

@@ -25,6 +25,23 @@ def test_pairs_equal_the_paper(num_source, num_target):
         assert all(0 <= layer < num_source for layer in pair.source)
 
 
+@pytest.mark.parametrize(("num_source", "num_target"), DEPTHS)
+def test_single_takes_one_source_layer_for_every_target_layer(num_source, num_target):
+    for k in range(1, num_target + 1):
+        single = source_for(num_source, num_target, k - 1, "single")
+        assert single == LayerPair(k - 1, (reference.single_source(num_source, num_target, k) - 1,))
+    scores = list(range(num_source))
+    pairs = pair_by_score(num_source, num_target, scores, num_target, "single")
+    assert [pair.target for pair in pairs] == list(range(num_target))
+    assert all(len(pair.source) == 1 for pair in pairs)
+    assert len(pair_layers(num_source, num_target, num_source - 1, "single")[0].source) == 1
+
+
+def test_unknown_pairing_is_refused():
+    with pytest.raises(ConfigError, match="pairing='both': choose one of interpolated, single"):
+        source_for(6, 4, 0, "both")
+
+
 def test_whole_ratio_reads_one_layer():
     assert pair_layers(8, 4, 3) == [LayerPair(target=1, source=(3,))]
 

@@ -47,24 +47,34 @@ def transfer(source, target, data=ROWS, **options):
     )
 
 
-def reference_run(source, target, pairs, config):
-    """The materialised one-phase loop from the same adapter, on the same batches."""
+def reference_run(source, target, pairs, config, shares=None):
+    """The materialised one-phase loop from the same adapter, on the same batches.
+
+    With ``shares``, numbers of steps, the pairs train one after the other, each for its share.
+    """
     examples = encode(ROWS, TOKENIZER)
-    layers = [pair.target for pair in pairs]
-    adapted = attach_lora(target, layers, config)
+    adapted = attach_lora(target, [pair.target for pair in pairs], config)
     steps = [
         [collate(examples, micro, pad_token_id=0) for micro in step.micro]
         for step in plan_steps(examples.lengths, config)
     ]
-    history = reference.semalign(
-        source,
-        adapted,
-        pairs,
-        steps,
-        adapter_parameters(adapted, layers),
-        interface=config.interface,
-        learning_rate=config.learning_rate,
+    stages = (
+        [(pairs, len(steps))]
+        if shares is None
+        else [([pair], share) for pair, share in zip(pairs, shares, strict=True)]
     )
+    history = []
+    for together, share in stages:
+        adapted.zero_grad()
+        history += reference.semalign(
+            source,
+            adapted,
+            together,
+            steps[len(history) : len(history) + share],
+            adapter_parameters(adapted, [pair.target for pair in together]),
+            interface=config.interface,
+            learning_rate=config.learning_rate,
+        )
     return history, LayerDelta.from_peft(adapted)
 
 
@@ -101,6 +111,52 @@ def test_other_interfaces_equal_the_reference(interface):
     history, delta = reference_run(source, pair()[1], result.pairs, config)
     assert result.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
     assert relative_error(result.delta, delta) < 1e-4
+
+
+def test_one_source_layer_alone_equals_the_reference():
+    config = TransferConfig.make(layers=[1, 2], pairing="single", **QUICK)
+    source, target = pair()
+    result = transfer(source, target, config=config)
+    assert [link.source for link in result.pairs] == [(2,), (3,)]
+    history, delta = reference_run(source, pair()[1], result.pairs, config)
+    assert result.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
+    assert relative_error(result.delta, delta) < 1e-4
+    attributed = transfer(*pair(), num_layers=4, pairing="single")
+    assert [len(link.source) for link in attributed.pairs] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("budget", "shares"), [({"epochs": 2}, [2, 2, 2]), ({"steps": 5}, [1, 2, 2])], ids=str
+)
+def test_the_frontier_shares_the_steps_and_leaves_earlier_layers_as_trained(budget, shares):
+    config = TransferConfig.make(layers=[0, 1, 3], schedule="frontier", **{**QUICK, **budget})
+    source, target = pair()
+    result = transfer(source, target, config=config)
+    assert len(plan_steps(encode(ROWS, TOKENIZER).lengths, config)) == sum(shares)
+    assert [record["step"] for record in result.history] == list(range(sum(shares)))
+    history, delta = reference_run(source, pair()[1], result.pairs, config, shares)
+    for ours, theirs in zip(result.history, history, strict=True):
+        assert ours["layer_loss"] == pytest.approx(theirs["layer_loss"], abs=1e-5)
+        assert ours["output_loss"] == pytest.approx(theirs["output_loss"], abs=1e-5)
+    assert relative_error(result.delta, delta) < 1e-4
+
+
+def test_every_stage_of_the_frontier_has_its_own_rise_and_fall():
+    options = {"learning_rate_schedule": "cosine", "warmup_fraction": 0.2, "learning_rate": 1.0}
+    result = transfer(*pair(), layers=[0, 1], schedule="frontier", steps=10, **options)
+    rates = [record["learning_rate"] for record in result.history]
+    assert rates[:5] == rates[5:]
+    assert rates[0] == max(rates[:5]) == 1.0
+    assert rates[4] < 0.2
+
+
+def test_a_frontier_with_fewer_steps_than_layers_is_refused():
+    with pytest.raises(ConfigError, match=r"4 layers one after the other.* 3 steps"):
+        transfer(*pair(), layers="all", schedule="frontier", steps=3)
+    solved = transfer(
+        *pair(), layers="all", schedule="frontier", steps=3, solver="ridge", output_loss="none"
+    )
+    assert len(solved.delta.changes) == 4
 
 
 def test_reference_backend_gives_the_same_adapter():

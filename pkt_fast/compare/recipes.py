@@ -15,6 +15,11 @@ _MIDDLE_RATES = (3e-3, 1e-3, 1e-2)  # with a weight to tune beside
 _WEIGHTS = (1.0, 0.3, 3.0)
 _ROWS = {"min_rows": PRESETS["best"]["min_rows"]}
 _ALIGN = {"layers": "all", "output_loss": "kl", "interface": "block", "objective": "squared"}
+# For maps whose images have no length, or one that comes from the vocabulary alone.
+_DIRECTION = {**_ALIGN, "objective": "cosine", "interface": "mlp"}
+_SOLVED = {**_ALIGN, "interface": "mlp", "recompose": "fitted", "output_loss": "none"}
+_LIGHT = (0.3, 0.1, 1.0)
+_STRENGTHS = (1.0, 0.1, 10.0)
 
 
 @dataclass(frozen=True)
@@ -57,23 +62,34 @@ RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         _recipe("paper", {}, layer_weight=_WEIGHTS),
+        _recipe("paper-v2", PRESETS["paper-v2"], layer_weight=_WEIGHTS),
+        _recipe("paper-acl", PRESETS["paper-acl"], layer_weight=_WEIGHTS),
         _recipe("sft", {"method": "sft"}),
         _recipe("kd", {"method": "kd"}),
         _recipe("sft+kd", {"method": "kd"}, label_weight=_WEIGHTS),
         _recipe("hidden_kd", {"method": "hidden_kd"}, layer_weight=_WEIGHTS),
+        _recipe("logit_cosine", {"method": "kd", "output_loss": "logit_cosine"}),
         _recipe("seeking", {"method": "seeking"}),
         Recipe("laten", {"method": "laten"}, {"learning_rate": (3e-5, 3e-4, 3e-3, 1e-3)}),
-        _recipe(
-            "kd+dual",
-            {**_ALIGN, "objective": "cosine", "interface": "mlp", "recompose": "dual"},
-            layer_weight=(0.3, 0.1, 1.0),
-        ),
+        _recipe("kd+dual", {**_DIRECTION, "recompose": "dual"}, layer_weight=_LIGHT),
+        _recipe("kd+softmax", {**_DIRECTION, "recompose": "softmax"}, layer_weight=_LIGHT),
+        _recipe("kd+top_k", {**_DIRECTION, "recompose": "top_k"}, layer_weight=_LIGHT),
         _recipe(
             "kd+relation",
             {**_ALIGN, "objective": "relation", "interface": "contribution", "recompose": "dual"},
             layer_weight=(1.0, 0.3, 3.0),
         ),
+        _recipe(
+            "kd+fisher", {**_ALIGN, "objective": "fisher", "recompose": "logit"},
+            layer_weight=_WEIGHTS,
+        ),
+        _recipe("kd+lens", {**_ALIGN, "recompose": "lens"}, layer_weight=(1.0, 0.3, 5.0)),
         _recipe("kd+fitted", {**_ALIGN, "recompose": "fitted"}, layer_weight=(1.0, 0.3, 5.0)),
+        Recipe("ridge", {**_SOLVED, "solver": "ridge"}, {"ridge": (*_STRENGTHS, 1e-2)}),
+        _recipe(
+            "kd+ridge", {**_SOLVED, "warm_start": True, "output_loss": "kl", "layer_weight": 0.3},
+            ridge=_STRENGTHS,
+        ),
         _recipe(
             "kd+delta", {**_ALIGN, "recompose": "fitted"}, change=True, layer_weight=(1.0, 0.3, 5.0)
         ),
@@ -114,7 +130,7 @@ def recipes(
 
 def _named(name: str, learning_rates: Sequence[float] | None) -> Recipe:
     recipe = RECIPES[name]
-    if learning_rates is None or name in _OWN_RATES:
+    if learning_rates is None or name in _OWN_RATES or "learning_rate" not in recipe.tuned:
         return recipe
     if not learning_rates:
         raise ConfigError("learning_rates is empty: give at least one rate to try")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from .._files import atomic_directory, local, write_json
@@ -86,7 +87,8 @@ class Comparison:
 
     def table(self) -> Table:
         """The table for a terminal."""
-        table = Table(*self.header(), title=self.title())
+        notes = escape("\n".join(self.notes()))
+        table = Table(*self.header(), title=self.title(), caption=notes, caption_justify="left")
         for row in self.rows():
             table.add_row(*row)
         return table
@@ -100,10 +102,20 @@ class Comparison:
             f"{s['test_rows']} test rows; mean ± 95 % interval"
         )
 
+    def notes(self) -> list[str]:
+        """One line for every way in which methods spend the steps otherwise than the rest."""
+        recipes = self.settings.get("recipes", {})
+        lines = []
+        for field_name, value, note in _NOTES:
+            names = [name for name, recipe in recipes.items() if recipe.get(field_name) == value]
+            lines += [f"{', '.join(names)}: {note}"] if names else []
+        return lines
+
     def markdown(self) -> str:
-        """The table as Markdown."""
+        """The table as Markdown, with its notes."""
         lines = [self.header(), ["---"] * len(self.header()), *self.rows()]
-        return f"{self.title()}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return f"{self.title()}\n\n{table}" + "".join(f"\n{note}\n" for note in self.notes())
 
     def as_dict(self) -> dict[str, Any]:
         """Everything with JSON types."""
@@ -138,6 +150,11 @@ _COLUMNS = (
     _Column("seconds", "seconds", 1),
     _Column("peak MiB", "peak_bytes", 0, 2**-20),
     _Column("parameters", "parameters", 0),
+)
+_NOTES = (
+    ("solver", "ridge", "solved from one pass over the rows, without steps"),
+    ("warm_start", True, "solved from one pass over the rows, then trained for all steps"),
+    ("schedule", "frontier", "the layers train one after the other and share the steps"),
 )
 _SHORT = {
     "learning_rate": "lr",

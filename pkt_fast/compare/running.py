@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .._files import check_output_dir
+from ..anatomy import Anatomy
 from ..config import STEADY, TransferConfig
 from ..data.reading import read_rows
 from ..demo import bundled_rows
@@ -24,6 +25,7 @@ from ..evaluation import agreement, evaluate
 from ..loading import load_model, load_tokenizers, resolve_device, resolve_dtype
 from ..progress import Phases
 from ..report import machine, peak_memory, versions
+from ..stages import check_budget
 from ..transfer import TransferResult, transfer
 from ..writing import answer_rows, question_of, write_rows
 from .recipes import Recipe, recipes, trials
@@ -107,6 +109,10 @@ def compare(
     shared = TransferConfig.make(settings)
     steps = shared.steps or shared.epochs * math.ceil(rows / shared.batch_size)
     arena.settings["steps"] = steps
+    depth = Anatomy.of(arena.target).num_layers
+    for recipe in chosen:
+        config = recipe.config(**arena.settings)
+        check_budget(config, steps, config.num_steered(depth))
     source, target = arena.score(arena.source), arena.score(arena.target)
     results = [
         arena.run(recipe, trials(recipe, tune_budget), seeds, examples, source, target)
