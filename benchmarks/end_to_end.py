@@ -7,7 +7,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,15 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import pkt_fast
-from benchmarks.harness import judged, now, peak_anonymous_bytes, peak_bytes, reason
+from benchmarks.harness import (
+    Targets,
+    judged,
+    now,
+    peak_anonymous_bytes,
+    peak_bytes,
+    reason,
+    summary,
+)
 from benchmarks.micro import random_llama
 from benchmarks.peer_transfer import transfer_plainly
 from pkt_fast.data.encoding import encode
@@ -83,6 +91,12 @@ def byte_pair_tokenizer(rows: list[dict[str, Any]], size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
 
 
+OUR_RUNS = 3
+"""Of a whole transfer."""
+
+PEER = "Transformers + PEFT"
+
+
 def measure_transfer(
     setup: Setup,
     layer: int,
@@ -92,11 +106,12 @@ def measure_transfer(
     device: str = "cpu",
     dtype: str = "float32",
     compile: bool = False,
+    peer_runs: int = 1,
 ) -> dict[str, Any]:
-    """One row: both transfers once, their losses compared; all of it is timed.
+    """One row: both transfers in turn, their losses compared; all of a transfer is timed.
 
     Before that both run on tiny models, so that neither pays for imports.  A peer that fails leaves
-    a row without its time.
+    a row without its time.  With ``compile`` nothing compiled before is used, in any run.
     """
     rows, origin = rows_of(setup.rows)
     tokenizer = byte_pair_tokenizer(rows, setup.vocabulary)
@@ -104,8 +119,6 @@ def measure_transfer(
         "layers": [layer], "epochs": setup.epochs, "batch_size": setup.batch_size,
         "micro_batch_size": 16, "device": device, "dtype": dtype,
     }
-    found: dict[str, Any] = {}
-
     config = pkt_fast.TransferConfig(**options)
     pair = source_for(setup.source[1], setup.target[1], layer)
 
@@ -122,57 +135,83 @@ def measure_transfer(
         tiny_config = pkt_fast.TransferConfig(**tiny)
         transfer_plainly(*models((32, 4), (16, 2)), some, source_for(4, 2, 1), tiny_config)
 
-    source, target = models(setup.source, setup.target)
+    mine, theirs = _Runs(), _Runs()
 
-    def ours() -> None:
+    def ours(source: Any, target: Any) -> None:
         start = now()
         result = pkt_fast.transfer(
             source, target, rows, tokenizer=tokenizer, progress=False, compile=compile, **options
         )
-        found["ours"] = now() - start
-        found["history"], found["phases"] = result.history, result.report["phases"]
+        mine.seconds.append(now() - start)
+        mine.history, mine.phases = result.history, result.report["phases"]
 
-    ours_peak = peak_bytes(ours)
-    source, target = models(setup.source, setup.target)
-    examples = encode(rows, tokenizer, max_length=config.max_length)
-
-    def peer() -> None:
+    def peer(source: Any, target: Any) -> None:
         start = now()
         examples = encode(rows, tokenizer, max_length=config.max_length)
-        found["plain"] = transfer_plainly(source, target, examples, pair, config)[1]
-        found["peer"] = now() - start
+        theirs.history = transfer_plainly(source, target, examples, pair, config)[1]
+        theirs.seconds.append(now() - start)
 
-    theirs: dict[str, Any]
+    failed = ""
+    for turn in range(max(OUR_RUNS, peer_runs)):
+        if turn < OUR_RUNS:
+            with _nothing_compiled() if compile else contextlib.nullcontext():
+                mine.watch(partial(ours, *models(setup.source, setup.target)))
+        if turn < peer_runs and not failed:
+            try:
+                theirs.watch(partial(peer, *models(setup.source, setup.target)))
+            except Exception as raised:
+                failed = reason(raised)
     error = None
-    try:
-        peer_peak = peak_bytes(peer)
-    except Exception as raised:
-        theirs = {"failed": reason(raised)}
-    else:
-        theirs = _once(found["peer"], peer_peak)
+    if not failed:
         error = max(
-            abs(a[name] - b[name])
-            for a, b in zip(found["history"], found["plain"], strict=True)
-            for name in ("layer_loss", "output_loss")
+            abs(a[loss] - b[loss])
+            for a, b in zip(mine.history, theirs.history, strict=True)
+            for loss in ("layer_loss", "output_loss")
         )
         if error > (1e-4 if dtype == "float32" else 2e-2):
             raise AssertionError(f"losses of the two transfers differ by {error:.2g}")
 
+    examples = encode(rows, tokenizer, max_length=config.max_length)
     row: dict[str, Any] = {
         "name": name,
         "shape": f"{setup.source[1]}×{setup.source[0]} → {setup.target[1]}×{setup.target[0]}, "
         f"V={setup.vocabulary:,}, {len(rows)} rows of {origin} "
         f"({sum(examples.lengths):,} tokens), "
         f"{setup.epochs} epochs, target layer {layer} of 0–{setup.target[1] - 1}",
-        "ours": _once(found["ours"], ours_peak),
-        "peers": {"Transformers + PEFT": theirs},
+        "ours": mine.entry(),
+        "peers": {PEER: {"failed": failed} if failed else theirs.entry()},
         "limits": {},
         "error": error,
-        "note": "one run each; error is the largest difference of a loss at any step; "
-        f"{padding(examples, config):.1%} of a batch is padding; phases: "
-        + ", ".join(f"{name} {phase['seconds']:.2f} s" for name, phase in found["phases"].items()),
+        "note": "error is the largest difference of a loss at any step; "
+        f"{padding(examples, config):.1%} of a batch is padding; phases of the last run: "
+        + ", ".join(f"{name} {phase['seconds']:.2f} s" for name, phase in mine.phases.items()),
     }
-    return row | judged(row, {} if at_least is None else {"Transformers + PEFT": at_least}, None)
+    return row | judged(row, Targets({} if at_least is None else {PEER: at_least}))
+
+
+@dataclass
+class _Runs:
+    """What the runs of one transfer gave: seconds and bytes of each, the rest of the last."""
+
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    phases: dict[str, Any] = field(default_factory=dict)
+
+    def watch(self, call: Callable[[], None]) -> None:
+        self.peaks.append(peak_bytes(call))
+
+    def entry(self) -> dict[str, Any]:
+        known = [peak for peak in self.peaks if peak is not None]
+        return summary(self.seconds) | {"peak_bytes": max(known, default=None)}
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """As in a new process with empty caches."""
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 def padding(examples: Examples, config: pkt_fast.TransferConfig) -> float:
@@ -201,14 +240,14 @@ def measure_compilation(setup: Setup, layer: int, *, name: str, device: str) -> 
         "shape": f"{setup.target[1]}×{setup.target[0]}, V={setup.vocabulary:,}, "
         f"{len(rows)} rows of {origin}, batches of {setup.batch_size}, "
         f"target layer {layer} of 0–{setup.target[1] - 1}",
-        "ours": _spread(compiled),
-        "peers": {"eager": _spread(eager)},
+        "ours": summary(compiled),
+        "peers": {"eager": summary(eager)},
         "limits": {},
         "error": None,
         "note": f"a compiled step saves {1e3 * saved:.0f} ms of the same step; compilation takes "
         f"{compilation:.1f} s and pays {pays}",
     }
-    return row | judged(row, {}, None)
+    return row | judged(row, Targets())
 
 
 def _step_seconds(
@@ -220,9 +259,8 @@ def _step_seconds(
     source, target = (random_llama(*size, setup.vocabulary, device) for size in sizes)
     ends: list[float] = []
     handle = register_optimizer_step_post_hook(lambda *_: ends.append(now()))
-    torch._dynamo.reset()
     try:
-        with torch._inductor.config.patch(force_disable_caches=True):
+        with _nothing_compiled():
             result = pkt_fast.transfer(
                 source, target, rows, tokenizer=tokenizer, progress=False, compile=compile,
                 layers=[layer], epochs=_MORE_EPOCHS * setup.epochs, device=device,
@@ -234,29 +272,14 @@ def _step_seconds(
     return [first, *(after - before for before, after in itertools.pairwise(ends))]
 
 
-def _once(seconds: float, peak: int | None) -> dict[str, Any]:
-    return {
-        "median_s": seconds, "quartiles_s": [seconds, seconds], "fastest_s": seconds,
-        "samples": 1, "peak_bytes": peak,
-    }
-
-
-def _spread(samples: list[float]) -> dict[str, Any]:
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return {
-        "median_s": middle, "quartiles_s": [low, high], "fastest_s": min(samples),
-        "samples": len(samples), "peak_bytes": None,
-    }
-
-
 def rows(setup: Setup, device: str) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Every row's name, and how to measure it: the middle and the last layer, two options, more
     rows where GSM8K is at hand, and what compilation costs.
     """
     middle, last = setup.target[1] // 2, setup.target[1] - 1
     for what, layer, options in (
-        ("middle layer", middle, {"at_least": 2.5}),
-        ("last layer", last, {"at_least": 5}),
+        ("middle layer", middle, {"at_least": 2.5, "peer_runs": 2}),
+        ("last layer", last, {"at_least": 5, "peer_runs": 2}),
         ("last layer, bfloat16", last, {"dtype": "bfloat16"}),
         ("middle layer, compile=True", middle, {"compile": True}),
     ):
@@ -272,15 +295,19 @@ def rows(setup: Setup, device: str) -> Iterator[tuple[str, Callable[[], dict[str
     yield name, partial(measure_compilation, setup, middle, name=name, device=device)
 
 
-def store_memory(directory: Path, count: int, vocabulary: int = 1200) -> int:
-    """Bytes of anonymous memory that a transfer with a directory store takes at its peak."""
+def store_run(directory: Path, count: int, vocabulary: int = 1200) -> tuple[float, int]:
+    """Seconds of a transfer with a directory store, and the anonymous memory it takes at its
+    peak, in bytes.
+    """
     rows, _ = rows_of(16)
     tokenizer = byte_pair_tokenizer(rows, vocabulary)
     many = [rows[i % len(rows)] for i in range(count)]
     source, target = random_llama(192, 4, vocabulary), random_llama(128, 2, vocabulary)
-    return peak_anonymous_bytes(
+    start = now()
+    grown = peak_anonymous_bytes(
         lambda: pkt_fast.transfer(
             source, target, many, tokenizer=tokenizer, progress=False, layers=[1], epochs=1,
             batch_size=8, micro_batch_size=8, store=str(directory), device="cpu",
         )
     )
+    return now() - start, grown

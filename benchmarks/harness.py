@@ -2,7 +2,8 @@
 
 A :class:`Case` is one row: our call, the calls of others that give the same result, and the least
 work the machine could do (a bare GEMM, a copy).  All of them are run in turn, so that a busy moment
-of the machine meets all alike.  Medians and the middle half of the samples are kept.
+of the machine meets all alike.  Medians and the middle half of the samples are kept; ours and the
+limits, which are cheap, run several times in a round of slow peers.
 
 Peak memory is what one call adds to the process: on the CPU the kernel's resident high-water mark,
 reset before the call (after memory the allocator holds back was returned to the system), on CUDA
@@ -28,6 +29,13 @@ Call = Callable[[], Any]
 
 SHORTEST_SAMPLE = 2e-3
 MOST_ROUNDS = 15
+LEAST_SAMPLES = 5
+"""Of our call and of every limit."""
+
+LEAST_ROUNDS = 3
+"""Of every peer that takes less than :data:`SLOW_PEER` seconds; a slower one runs once."""
+
+SLOW_PEER = 3.5
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = CLOCKS["wall"]
@@ -65,6 +73,25 @@ class Missing(str):
     """Why a peer cannot run here, in place of its call."""
 
 
+@dataclass(frozen=True)
+class Targets:
+    """What a row is meant to reach.
+
+    Attributes:
+        at_least: peer → how many times faster than it.
+        at_most: limit → how many times as slow as it at most.
+        error: the largest error, and what it is taken to.
+        memory: the target in words → the most bytes our call may add to the process.
+        less_memory_than: peers.
+    """
+
+    at_least: Mapping[str, float] = field(default_factory=dict)
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    error: tuple[float, str] | None = None
+    memory: Mapping[str, float] = field(default_factory=dict)
+    less_memory_than: Sequence[str] = ()
+
+
 @dataclass
 class Case:
     """One row of the table.
@@ -73,11 +100,10 @@ class Case:
         name, shape: what is measured, on what.
         ours: our call.
         peers: calls of others (or :class:`Missing`) by name; the first is the one targets speak of.
-        limits: the least work, by name; the first is the one a target speaks of.
+        limits: the least work, by name; the first is the one a reader looks at.
         together: our call has to do the work of all the limits, so the slowest is the limit.
         error: largest difference of our result from the first peer's, relative; run once.
-        at_least: peer → how many times faster than it we mean to be.
-        at_most: how many times that limit we mean to need at most.
+        targets: what we mean to reach.
         seconds: time to spend on the row, warm-up not counted.
         note: what a reader has to know.
     """
@@ -88,8 +114,7 @@ class Case:
     peers: Mapping[str, Call | Missing]
     limits: Mapping[str, Call] = field(default_factory=dict)
     error: Callable[[], float] | None = None
-    at_least: Mapping[str, float] = field(default_factory=dict)
-    at_most: float | None = None
+    targets: Targets = Targets()
     together: bool = False
     seconds: float = 4.0
     note: str = ""
@@ -161,20 +186,24 @@ def _status(name: str) -> int:
 def samples_in_turn(
     calls: Mapping[str, Call], first: Mapping[str, float], seconds: float, rounds: int = MOST_ROUNDS
 ) -> dict[str, list[float]]:
-    """Seconds of every call, in turn, until ``seconds`` or ``rounds`` are spent; once at least.
+    """Seconds of every call, in turn, until ``seconds`` or ``rounds`` are spent.
 
-    ``first`` is what each call took before.  A call that took longer than ``seconds`` is not
-    repeated: no warm-up matters to it.
+    ``first`` is what each call took before.  A peer that took longer than :data:`SLOW_PEER` is not
+    repeated: no warm-up matters to it.  The others have :data:`LEAST_ROUNDS` rounds at least, and
+    in every round each call that is no peer has its turn as often as gives it
+    :data:`LEAST_SAMPLES`.
     """
-    samples = {name: [once] if once > seconds else [] for name, once in first.items()}
-    again = {name: call for name, call in calls.items() if not samples[name]}
-    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / first[name])) for name in again}
-    stop = time.perf_counter() + seconds
-    for done in range(rounds):
-        if done and time.perf_counter() > stop:
-            break
-        for name, call in again.items():
-            samples[name].append(seconds_of(call, repeats[name]))
+    slow = {name for name, once in first.items() if name.startswith("peer") and once > SLOW_PEER}
+    samples = {name: [first[name]] if name in slow else [] for name in calls}
+    a_round = sum(first[name] for name in calls if name not in slow)
+    rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / a_round)))
+    turns = -(-LEAST_SAMPLES // rounds)
+    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / first[name])) for name in calls}
+    for _ in range(rounds):
+        for turn in range(turns):
+            for name, call in calls.items():
+                if name not in slow and not (turn and name.startswith("peer")):
+                    samples[name].append(seconds_of(call, repeats[name]))
     return samples
 
 
@@ -256,14 +285,11 @@ def _measure(case: Case) -> dict[str, Any]:
         "error": error,
         "note": case.note,
     }
-    return row | judged(row, case.at_least, case.at_most, case.together)
+    return row | judged(row, case.targets, case.together)
 
 
 def judged(
-    row: Mapping[str, Any],
-    at_least: Mapping[str, float],
-    at_most: float | None,
-    together: bool = False,
+    row: Mapping[str, Any], targets: Targets, together: bool = False
 ) -> dict[str, Any]:
     """Ratios of a row, that to the limit which counts first, and which targets they meet."""
     ours = row["ours"]["median_s"]
@@ -277,20 +303,41 @@ def judged(
     }
     if together:
         of_limit = dict(sorted(of_limit.items(), key=lambda item: item[1]))
-    targets = [
-        {
-            "what": f"≥ {wanted:g}x {name}",
-            "measured": speedups.get(name),
-            "met": speedups[name] >= wanted if name in speedups else None,
-        }
-        for name, wanted in at_least.items()
+    found = [
+        _judgement(f"≥ {wanted:g}x {name}", speedups.get(name), least=wanted)
+        for name, wanted in targets.at_least.items()
     ]
-    if at_most is not None:
-        name = next(iter(of_limit if together and of_limit else row["limits"]))
-        ratio = of_limit.get(name)
-        met = None if ratio is None else ratio <= at_most
-        targets.append({"what": f"≤ {at_most:.3g}x {name}", "measured": ratio, "met": met})
-    return {"speedups": speedups, "of_limit": of_limit, "targets": targets}
+    found += [
+        _judgement(f"≤ {wanted:.3g}x {name}", of_limit.get(name), most=wanted)
+        for name, wanted in targets.at_most.items()
+    ]
+    if targets.error:
+        most, of = targets.error
+        found.append(_judgement(f"error ≤ {most:g} of {of}", row["error"], most=most))
+    memory = row["ours"].get("peak_bytes")
+    found += [
+        _judgement(what, memory, most=most) for what, most in targets.memory.items()
+    ]
+    for name in targets.less_memory_than:
+        theirs = row["peers"].get(name, {}).get("peak_bytes")
+        share = None if memory is None or not theirs else memory / theirs
+        found.append(_judgement(f"less memory than {name}", share, most=1))
+    return {"speedups": speedups, "of_limit": of_limit, "targets": found}
+
+
+def _judgement(
+    what: str, measured: float | None, *, least: float = -math.inf, most: float = math.inf
+) -> dict[str, Any]:
+    met = None if measured is None else least <= measured <= most
+    return {"what": what, "measured": measured, "met": met}
+
+
+def samples_text(row: Mapping[str, Any]) -> str:
+    """How many samples each time of a row is the median of."""
+    entries = {"ours": row["ours"], **row["peers"], **row["limits"]}
+    return "samples: " + ", ".join(
+        f"{name} {entry['samples']}" for name, entry in entries.items() if "samples" in entry
+    )
 
 
 # --------------------------------------------------------------------------- tables

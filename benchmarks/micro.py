@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pkt_fast
-from benchmarks.harness import Call, Case, Missing
+from benchmarks.harness import Call, Case, Missing, Targets
 from pkt_fast import ops, reference
 from pkt_fast.anatomy import HeadTransform
 from pkt_fast.attribution import attribute
@@ -130,7 +130,11 @@ def basis(sizes: Sizes, device: torch.device) -> Case:
         _own_basis_products(weight)
         | {"float64 Gram GEMM": _gemm(width, rows, width, device, torch.float64)},
         error,
-        {"torch.linalg.pinv": 5},
+        Targets(
+            {"torch.linalg.pinv": 5},
+            error=(1e-5, "float64 pinv"),
+            memory={"memory ≤ 1.3x the head": 1.3 * weight.nbytes},
+        ),
         note=f"the head itself takes {rows * width * 4 / 2**20:.0f} MiB, the basis as much again",
     )
 
@@ -155,8 +159,7 @@ def align(sizes: Sizes, device: torch.device) -> Case:
         {"bare GEMM": _gemm(sizes.tokens, sizes.source, sizes.target, device)}
         | _own_gemms("bare GEMM", device, (sizes.tokens, sizes.source, sizes.target)),
         lambda: relative(ours(), peer()),
-        {"the paper's two steps": 80},
-        1 / 0.9,
+        Targets({"the paper's two steps": 80}, {"bare GEMM": 1 / 0.9}),
     )
 
 
@@ -232,7 +235,7 @@ def label_cosine(sizes: Sizes, device: torch.device) -> Case:
         {"two D×D GEMMs": lambda: (gemm(), gemm())}
         | _own_gemms("two D×D GEMMs", device, *[(sizes.tokens, sizes.target, sizes.target)] * 2),
         lambda: relative(ours(), peer()),
-        {"torch logits": 60, "Liger chunked cosine": 60},
+        Targets({"torch logits": 60, "Liger chunked cosine": 60}),
         note="Liger has no cosine to labels: its function runs with one-hots in the place of the "
         "teacher's logits and a teacher of width 1; it also takes the head's gradient, which "
         "cannot be turned off. The head's statistics are computed once a head and not in our time",
@@ -376,8 +379,7 @@ def capture_rows(sizes: Sizes, device: torch.device) -> Case:
         {"torch expression": peer},
         {"copy of the bytes moved": _copy(2 * len(index) * sizes.width, device)},
         lambda: relative(ours(), peer()),
-        {"torch expression": 20},
-        1.5,
+        Targets({"torch expression": 20}, {"copy of the bytes moved": 1.5}),
     )
 
 
@@ -400,8 +402,7 @@ def gradient_activation(sizes: Sizes, device: torch.device) -> Case:
         {"torch expression": peer},
         {"reading both once": lambda: [x.sum() for x in words]},
         lambda: relative(ours()[1], peer()[1]),
-        {"torch expression": 15},
-        1.5,
+        Targets({"torch expression": 15}, {"reading both once": 1.5}),
         note="the limit is torch's float32 sum over the same bytes",
     )
 
@@ -444,15 +445,19 @@ def inject(sizes: Sizes, device: torch.device) -> Case:
             return relative(ours, peer())
 
     own = weight.clone()
+    limits = _injection_limits(weight)
     return Case(
         "inject",
         _injection_shape(weight),
         lambda: ops.inject_([own], [down], [up], [1.0], [False]),
         {"PEFT merge": peer},
-        _injection_limits(weight),
+        limits,
         error,
-        {"PEFT merge": 15},
-        1.2,
+        Targets(
+            {"PEFT merge": 15},
+            dict.fromkeys(limits, 1.2),
+            memory={"no temporary of the weight's size": weight.nbytes / 2},
+        ),
         together=True,
         note=f"{2 * RANK * weight.numel() / 1e9:.1f} GFLOP of float32 arithmetic and the bytes",
     )
@@ -654,6 +659,7 @@ def model_attribution(sizes: Sizes, device: torch.device) -> Case:
         {"Captum": peer},
         {"one forward, one input gradient": least},
         None if isinstance(peer, Missing) else lambda: relative(ours().cpu(), peer().cpu()),
+        Targets(less_memory_than=("Captum",)),
         note="the limit is the loss of the supervised rows and its gradient at the embeddings, "
         "parameters frozen",
     )

@@ -31,6 +31,7 @@ from benchmarks.harness import (  # noqa: E402
     entry_text,
     markdown,
     measure,
+    samples_text,
     seconds_text,
     use_clock,
 )
@@ -113,7 +114,7 @@ def document(result: Mapping[str, Any]) -> str:
     notes = [
         f"- **{row['name']}**: "
         + (f"relative error {row['error']:.1g}. " if row["error"] is not None else "")
-        + row["note"]
+        + "; ".join(filter(None, (row["note"], samples_text(row))))
         for row in result["rows"]
     ]
     lines += ["Errors are ours against the first peer.", "", *notes, ""]

@@ -1,4 +1,4 @@
-"""Scaling curves: time and memory against tokens, vocabulary, width, threads and examples."""
+"""Scaling curves: time and memory against tokens, vocabulary, width, threads, epochs, examples."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Case, measure
+from benchmarks import end_to_end
+from benchmarks.harness import Missing, measure
 from benchmarks.micro import BUILDERS, FULL, Sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = replace(FULL, source=256, target=128, tokens=1024, vocabulary=32000, seconds=0.4)
+EPOCHS = replace(end_to_end.FULL, source=(256, 8), target=(192, 4), vocabulary=8000, rows=16)
+WIDEST_PEER = 2048
+"""Of the basis: a pseudoinverse of a wider head takes minutes."""
+
 SMALL = replace(BASE, source=32, target=16, tokens=64, vocabulary=512, seconds=0.01)
 
 
@@ -27,7 +32,7 @@ Point = Callable[[], dict[str, Any]]
 
 def points(device: str, *, small: bool = False) -> Iterator[tuple[str, Point]]:
     """Every point's name, and how to measure it: {"curve", "x", "name", "peer", "ours_s",
-    "peer_s", "ours_bytes", "peer_bytes"}.
+    "peer_s", "ours_bytes", "peer_bytes", "ours_samples", "peer_samples"}.
     """
     base = SMALL if small else BASE
     for curve, x, name, sizes in _grid(base, small):
@@ -36,7 +41,10 @@ def points(device: str, *, small: bool = False) -> Iterator[tuple[str, Point]]:
         for threads in sorted({1, torch.get_num_threads()}):
             for name in ("align", "label cosine"):
                 yield f"threads {threads}: {name}", partial(_threads, threads, name, base)
-        for count in (8, 16) if small else (64, 256, 1024):
+    for count in (1, 2) if small else (1, 5, 20):
+        yield f"epochs {count}", partial(_epochs, count, device, small)
+    if device == "cpu":
+        for count in (8, 16) if small else (64, 256, 1024, 4096):
             yield f"examples {count}", partial(_examples, count)
 
 
@@ -52,9 +60,11 @@ def _grid(base: Sizes, small: bool) -> Iterator[tuple[str, int, str, Sizes]]:
     widths = ((16, 8), (32, 16)) if small else ((1024, 512), (2048, 1024), (5120, 4096))
     for source, target in widths:
         tokens = base.tokens if small else 256
-        yield "width", target, "align", replace(
-            base, source=source, target=target, tokens=tokens
-        )
+        for name in ("align", "label cosine"):
+            yield "width", target, name, replace(
+                base, source=source, target=target, tokens=tokens
+            )
+        yield "width", source, "basis", replace(base, source=source)
     for rows in (64, 128) if small else (1024, 2048, 4096):
         yield "width", rows, "inject", replace(base, inject=(rows, rows * 11 // 4))
     for width in (32, 64) if small else (1024, 2048, 4096, 5120):
@@ -68,22 +78,35 @@ def _point(curve: str, x: int, name: str, sizes: Sizes, device: str) -> dict[str
     case = BUILDERS[name](sizes, torch.device(device))
     case.seconds, case.error = sizes.seconds, None
     first = next(iter(case.peers))
-    case.peers = {first: case.peers[first]}
-    return _of(measure(case), curve, x, case)
+    case.peers, case.limits = {first: case.peers[first]}, {}
+    if name == "basis" and sizes.source > WIDEST_PEER:
+        case.peers = {first: Missing("takes minutes at this width")}
+    return _of(measure(case), curve, x)
 
 
-def _of(row: dict[str, Any], curve: str, x: int, case: Case) -> dict[str, Any]:
+def _of(row: dict[str, Any], curve: str, x: int) -> dict[str, Any]:
     name, theirs = next(iter(row["peers"].items()))
     return {
         "curve": curve,
         "x": x,
-        "name": case.name,
+        "name": row["name"],
         "peer": name,
         "ours_s": row["ours"]["median_s"],
         "peer_s": theirs.get("median_s"),
         "ours_bytes": row["ours"].get("peak_bytes"),
         "peer_bytes": theirs.get("peak_bytes"),
+        "ours_samples": row["ours"]["samples"],
+        "peer_samples": theirs.get("samples"),
     } | ({"peer_failed": theirs["failed"]} if "failed" in theirs else {})
+
+
+def _epochs(count: int, device: str, small: bool) -> dict[str, Any]:
+    """A whole transfer of so many epochs: what is done once counts less the more there are."""
+    setup = replace(end_to_end.SMALL if small else EPOCHS, epochs=count)
+    row = end_to_end.measure_transfer(
+        setup, setup.target[1] - 1, name="whole transfer, last layer", device=device
+    )
+    return _of(row, "epochs", count)
 
 
 def _threads(threads: int, name: str, base: Sizes) -> dict[str, Any]:
@@ -96,11 +119,11 @@ def _threads(threads: int, name: str, base: Sizes) -> dict[str, Any]:
 
 
 def _examples(count: int) -> dict[str, Any]:
-    """Peak memory of a transfer with a directory store, in a process of its own."""
+    """Time and peak memory of a transfer with a directory store, in a process of its own."""
     with tempfile.TemporaryDirectory() as directory:
         code = (
-            "from pathlib import Path; from benchmarks.end_to_end import store_memory; "
-            f"print('bytes', store_memory(Path({directory!r}) / 'store', {count}))"
+            "from pathlib import Path; from benchmarks.end_to_end import store_run; "
+            f"print('measured', *store_run(Path({directory!r}) / 'store', {count}))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
@@ -108,10 +131,12 @@ def _examples(count: int) -> dict[str, Any]:
         )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
-    grown = next(line for line in done.stdout.splitlines() if line.startswith("bytes "))
+    line = next(line for line in done.stdout.splitlines() if line.startswith("measured "))
+    _, seconds, grown = line.split()
     return {
         "curve": "examples", "x": count, "name": "transfer, directory store", "peer": None,
-        "ours_s": None, "peer_s": None, "ours_bytes": int(grown.split()[1]), "peer_bytes": None,
+        "ours_s": float(seconds), "peer_s": None, "ours_bytes": int(grown), "peer_bytes": None,
+        "ours_samples": 1, "peer_samples": None,
     }
 
 
@@ -137,10 +162,10 @@ def plot(measured: list[dict[str, Any]], path: Path) -> None:
                 values = [(x, y / scale) for x, y in values if y]
                 if values:
                     axis.plot(*zip(*values, strict=True), marker="o", label=label)
-            if curve == "examples":  # meant to be flat: a logarithm would hide that
+            if curve == "examples":  # memory is meant to be flat: a logarithm would hide that
                 axis.set(xlabel=curve)
                 axis.set_ylim(bottom=0)
-            elif curve == "threads":
+            elif curve in ("threads", "epochs"):
                 axis.set(yscale="log", xlabel=curve, xticks=[p["x"] for p in chosen])
             else:
                 axis.set(xscale="log", yscale="log", xlabel=curve)
@@ -162,12 +187,13 @@ def scaling_markdown(measured: list[dict[str, Any]]) -> str:
         return "–" if value is None else seconds_text(value)
 
     lines = [
-        "| curve | at | what | ours | peer | memory ours | memory peer |",
-        "|---|---|---|---|---|---|---|",
+        "| curve | at | what | ours | peer | faster | samples | memory ours | memory peer |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {p['curve']} | {p['x']:,} | {p['name']} | {seconds(p['ours_s'])} | "
-        f"{seconds(p['peer_s'])} | {bytes_text(p['ours_bytes'])} | {bytes_text(p['peer_bytes'])} |"
-        for p in measured
-    ]
+    for p in measured:
+        faster = f"{p['peer_s'] / p['ours_s']:.1f}x" if p["peer_s"] else "–"
+        samples = f"{p['ours_samples']} / {p['peer_samples'] or '–'}"
+        cells = [p["curve"], f"{p['x']:,}", p["name"], seconds(p["ours_s"]), seconds(p["peer_s"])]
+        cells += [faster, samples, bytes_text(p["ours_bytes"]), bytes_text(p["peer_bytes"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -50,9 +50,11 @@ def test_liger_has_the_same_label_cosine():
 
 def test_both_transfers_have_the_same_losses(monkeypatch):
     monkeypatch.setattr(end_to_end, "GSM8K", Path("no such file"))
-    row = end_to_end.measure_transfer(end_to_end.SMALL, 0, name="tiny", at_least=0.0)
+    row = end_to_end.measure_transfer(end_to_end.SMALL, 0, name="tiny", at_least=0.0, peer_runs=2)
     assert row["error"] < 1e-4
     assert row["targets"][0]["met"]
+    assert row["ours"]["samples"] == end_to_end.OUR_RUNS
+    assert row["peers"][end_to_end.PEER]["samples"] == 2
 
 
 def test_rows_of_gsm8k_are_left_out_where_it_is_not(monkeypatch, tmp_path):
@@ -99,7 +101,8 @@ def fake_case() -> harness.Case:
     return harness.Case(
         "product", "64×64", lambda: x @ x,
         {"torch": lambda: x @ x, "other": harness.Missing("needs a GPU")},
-        {"copy": x.clone}, lambda: 0.0, {"torch": 0.0, "other": 2.0}, 1e9, 0.01,
+        {"copy": x.clone}, lambda: 0.0,
+        harness.Targets({"torch": 0.0, "other": 2.0}, {"copy": 1e9}), seconds=0.01,
     )
 
 
@@ -118,7 +121,7 @@ def test_a_failing_peer_or_limit_leaves_the_row():
     case = fake_case()
     case.peers, case.limits = {"torch": fails, "other": case.ours}, {"copy": fails}
     case.error = fails
-    case.at_least = {"torch": 1.0}
+    case.targets = harness.Targets({"torch": 1.0}, {"copy": 1e9})
     row = harness.measure(case)
     assert row["peers"]["torch"] == {"failed": "TypeError: no such argument"}
     assert row["limits"]["copy"] == {"failed": "TypeError: no such argument"}
@@ -153,23 +156,85 @@ def test_peak_memory_sees_a_temporary():
 
 def test_a_missed_target_is_said():
     row = {
-        "ours": {"median_s": 2.0}, "peers": {"torch": {"median_s": 3.0}},
-        "limits": {"copy": {"median_s": 1.0}},
+        "ours": {"median_s": 2.0, "peak_bytes": 8}, "error": 1e-3,
+        "peers": {"torch": {"median_s": 3.0, "peak_bytes": 4}},
+        "limits": {"copy": {"median_s": 1.0}, "products": {"median_s": 2.0}},
     }
-    judged = harness.judged(row, {"torch": 2}, 1.5)
+    targets = harness.Targets(
+        {"torch": 2}, {"copy": 1.5, "products": 1.5}, (1e-5, "float64"), {"no temporary": 7},
+        ("torch", "absent"),
+    )
+    judged = harness.judged(row, targets)
     assert judged["speedups"] == {"torch": 1.5}
-    assert [target["met"] for target in judged["targets"]] == [False, False]
+    assert {target["what"]: target["met"] for target in judged["targets"]} == {
+        "≥ 2x torch": False,
+        "≤ 1.5x copy": False,
+        "≤ 1.5x products": True,
+        "error ≤ 1e-05 of float64": False,
+        "no temporary": False,
+        "less memory than torch": False,
+        "less memory than absent": None,
+    }
+    row["ours"]["peak_bytes"], row["error"] = 3, 1e-6
+    met = [target["met"] for target in harness.judged(row, targets)["targets"]]
+    assert met == [False, False, True, True, True, True, None]
+    row["ours"]["peak_bytes"] = None
+    assert harness.judged(row, targets)["targets"][4]["met"] is None
 
 
-def test_the_slowest_of_limits_that_hold_together_counts():
+def test_the_slowest_of_limits_that_hold_together_comes_first():
     row = {
         "ours": {"median_s": 3.0}, "peers": {},
         "limits": {"copy": {"median_s": 1.0}, "arithmetic": {"median_s": 2.0}},
     }
-    together = harness.judged(row, {}, 1.5, together=True)
+    together = harness.judged(row, harness.Targets(), together=True)
     assert list(together["of_limit"].items()) == [("arithmetic", 1.5), ("copy", 3.0)]
-    assert together["targets"] == [{"what": "≤ 1.5x arithmetic", "measured": 1.5, "met": True}]
-    assert harness.judged(row, {}, 1.5)["targets"][0]["measured"] == 3.0
+    assert list(harness.judged(row, harness.Targets())["of_limit"]) == ["copy", "arithmetic"]
+
+
+def test_every_number_is_a_median_of_several_samples(monkeypatch):
+    """Calls take their turns: ours and the limits five times at least, a slow peer once."""
+    order = []
+    calls = {name: (lambda: None) for name in ("ours", "peer a", "peer slow", "limit copy")}
+    by_call = {call: name for name, call in calls.items()}
+    first = {"ours": 0.01, "peer a": 2.0, "peer slow": 7.0, "limit copy": 0.01}
+
+    def seconds_of(call, repeats):
+        order.append(by_call[call])
+        return first[order[-1]]
+
+    monkeypatch.setattr(harness, "seconds_of", seconds_of)
+    samples = harness.samples_in_turn(calls, first, seconds=4)
+    counts = {name: len(values) for name, values in samples.items()}
+    assert counts == {"ours": 6, "peer a": 3, "peer slow": 1, "limit copy": 6}
+    assert order == 3 * ["ours", "peer a", "limit copy", "ours", "limit copy"]
+    first["peer a"] = 0.5
+    assert len(harness.samples_in_turn(calls, first, seconds=4)["peer a"]) == 7
+    first["peer a"] = 0.01
+    assert len(harness.samples_in_turn(calls, first, seconds=4)["ours"]) == harness.MOST_ROUNDS
+
+
+def test_samples_are_told():
+    row = harness.measure(fake_case())
+    assert row["ours"]["samples"] >= harness.LEAST_SAMPLES
+    assert f"ours {row['ours']['samples']}, torch" in harness.samples_text(row)
+    assert "other" not in harness.samples_text(row)
+
+
+def test_targets_are_those_of_the_design():
+    """As they were given, also where they cannot be reached; what is known of why beside them."""
+    def targets(name):
+        return micro.build(name, micro.SMALL).targets
+
+    basis = targets("basis")
+    assert basis.error == (1e-5, "float64 pinv")
+    head = 4 * micro.SMALL.vocabulary * micro.SMALL.source
+    assert basis.memory == {"memory ≤ 1.3x the head": 1.3 * head}
+    inject = targets("inject")
+    assert list(inject.at_most)[0] == "copy of the weight"
+    assert inject.at_most["copy of the weight"] == 1.2
+    assert "no temporary of the weight's size" in inject.memory
+    assert targets("attribute a model").less_memory_than == ("Captum",)
 
 
 def result_file(path: Path, medians: dict[str, float], cores: int = 2) -> Path:
@@ -327,7 +392,7 @@ def test_scaling_runs_and_plots(tmp_path):
     for name, point in scaling.points("cpu", small=True):
         chosen.setdefault((name.split()[0], name.partition(": ")[2]), point)
     assert {curve for curve, _ in chosen} == {
-        "tokens", "vocabulary", "width", "threads", "examples"
+        "tokens", "vocabulary", "width", "threads", "epochs", "examples"
     }
     measured = [point() for (curve, _), point in chosen.items() if curve != "examples"]
     scaling.plot(measured, tmp_path / "s.png")
@@ -336,5 +401,7 @@ def test_scaling_runs_and_plots(tmp_path):
 
 
 def test_memory_of_a_directory_store_is_measured(tmp_path):
-    assert end_to_end.store_memory(tmp_path / "store", 4) >= 0
+    seconds, grown = end_to_end.store_run(tmp_path / "store", 4)
+    assert seconds > 0
+    assert grown >= 0
     assert (tmp_path / "store").is_dir()

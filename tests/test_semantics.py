@@ -59,9 +59,9 @@ def test_vectors_make_no_float64_matrix_of_their_own():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
-                if out.untyped_storage().data_ptr() not in kept:
-                    made.append((out.numel(), str(func)))
+            wide = isinstance(out, torch.Tensor) and out.dtype == torch.float64
+            if wide and out.untyped_storage().data_ptr() not in kept:
+                made.append((out.numel(), str(func)))
             return out
 
     with Watch():
