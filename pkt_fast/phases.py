@@ -29,7 +29,7 @@ from .capture import Wanted, check_finite, record
 from .data.batches import Batch, collate
 from .data.examples import Example, Examples
 from .errors import OutputError
-from .ops import synchronize_captures
+from .ops import captures_to_host, synchronize_captures
 from .stores import (
     ActivationStore,
     ColumnSpec,
@@ -75,7 +75,7 @@ class StorePlace:
     def of(cls, store: str, budget_gb: float, device: torch.device) -> StorePlace:
         """From the settings ``store`` and ``store_budget_gb``; ``device`` computes the rows."""
         directory = None if store == "memory" else local(store)
-        return cls(directory, budget_gb * 1e9, _PINNED_BYTES if device.type == "cuda" else 0.0)
+        return cls(directory, budget_gb * 1e9, _PINNED_BYTES if captures_to_host(device) else 0.0)
 
     def filled(
         self,

@@ -1,5 +1,6 @@
 """Activation stores: what goes in comes out, on disk as in memory, and damage is noticed."""
 
+import importlib
 import json
 import tempfile
 import threading
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from pkt_fast import stores
 from pkt_fast.errors import OutputError, StoreError
+from pkt_fast.ops import backend
 from pkt_fast.phases import StorePlace
 from pkt_fast.stores import (
     memory_store,
@@ -235,3 +237,18 @@ def test_prefetch_ends_its_thread_when_the_loop_is_left():
     next(stream)
     stream.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("preference", "problem", "pinned"),
+    [("auto", None, True), ("auto", "no kernel image", False), ("triton", None, False)],
+)
+def test_memory_is_pinned_where_a_kernel_writes_to_it(preference, problem, pinned, monkeypatch):
+    """Elsewhere a capture into it would be refused, or go the long way of the reference."""
+    module = importlib.import_module("pkt_fast.ops.capture_rows")
+    monkeypatch.setattr(module, "_capture_rows_pinned", lambda *_: None)
+    monkeypatch.setattr(module, "cuda_problem", lambda device: problem)
+    with backend(preference):
+        place = StorePlace.of("memory", 1.0, torch.device("cuda"))
+        assert StorePlace.of("memory", 1.0, torch.device("cpu")).pinned_bytes == 0
+    assert (place.pinned_bytes > 0) is pinned

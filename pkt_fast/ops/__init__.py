@@ -5,6 +5,7 @@ from ._registry import served_by as served_by
 from .align import align_rows as align_rows
 from .align import align_rows_grouped as align_rows_grouped
 from .capture_rows import capture_rows as capture_rows
+from .capture_rows import captures_to_host as captures_to_host
 from .capture_rows import synchronize_captures as synchronize_captures
 from .decompose import decompose as decompose
 from .grad_x_act import grad_x_act as grad_x_act

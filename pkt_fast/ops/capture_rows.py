@@ -23,7 +23,7 @@ from ._native import (
     threads_for,
     up_to_32_bits,
 )
-from ._registry import cuda_problem, dispatch, implementation, triton_implementation
+from ._registry import backend, cuda_problem, dispatch, implementation, triton_implementation
 
 _library = torch.library.Library("pkt_fast", "FRAGMENT")
 _library.define(
@@ -269,9 +269,23 @@ _in_flight: dict[int, torch.UntypedStorage] = {}
 
 def synchronize_captures() -> None:
     """Wait for captures into pinned host memory; call it before reading the rows."""
-    for stream in _side_streams.values():
+    for stream in list(_side_streams.values()):
         stream.synchronize()
     _in_flight.clear()
+
+
+def captures_to_host(device: torch.device) -> bool:
+    """Whether a kernel carries rows from ``device`` into pinned host memory, beside other work.
+
+    Without one the rows are made on the device and copied: pinned memory would bring nothing, and
+    backend "triton" has no kernel that reaches it.
+    """
+    return (
+        device.type == "cuda"
+        and backend() in ("auto", "native")
+        and _capture_rows_pinned is not None
+        and cuda_problem(device) is None
+    )
 
 
 def _cuda_takes(out: Tensor, offset: int, index: Tensor, value: Tensor, *rest: Any) -> bool:
@@ -305,7 +319,9 @@ if (_capture_rows_pinned := cuda_kernel("capture_rows_pinned")) is not None:
         device = value.device
         index = index.to(device, non_blocking=True).contiguous()
         operands = _operands(value, minus, other, other_minus)
-        side = _side_streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in _side_streams:
+            _side_streams[device] = torch.cuda.Stream(device)
+        side = _side_streams[device]
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.device(device):
             try:
