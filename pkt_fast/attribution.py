@@ -7,7 +7,7 @@ backward pass serves all layers, and only two numbers per example and layer leav
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .anatomy import Anatomy, Tap
 from .config import REDUCTIONS
-from .data.batches import Batch
+from .data.batches import Batch, as_batch
 from .data.examples import IGNORE_INDEX
 from .errors import ConfigError, DataError, NumericsError
 from .lending import differentiable, frozen
@@ -30,27 +30,31 @@ _FLOAT16_SCALES = (2.0**12, 2.0**4, 2.0**-4, 2.0**-12)
 
 def attribute(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch | Mapping[str, Tensor]],
     *,
     interface: str = "mlp",
     reduction: str = "absolute",
 ) -> Tensor:
     """Score every layer of ``model`` on ``batches``: (L,), float64, on the CPU.
 
+    A batch is a :class:`pkt_fast.data.Batch`, or a mapping of ``input_ids``, ``labels`` (-100 where
+    a token carries no loss) and ``attention_mask``, (B, T) each.
+
     The objective is each example's mean next-token loss over its supervised tokens; the activation
     is read at ``interface`` (as in :func:`pkt_fast.capture`).  With p = gradient · activation, an
     example contributes Σ|p| ("absolute"), Σp ("signed") or |Σp| ("net") over its tokens and
     channels, and the score is the mean over examples.
 
-    Raises :class:`DataError` without a supervised token, :class:`NumericsError` when a score is not
-    finite (naming the layer) and :class:`ConfigError` for an unknown reduction or interface.
+    Raises :class:`DataError` for another kind of batch and without a supervised token,
+    :class:`NumericsError` when a score is not finite (naming the layer) and :class:`ConfigError`
+    for an unknown reduction or interface.
     """
     if reduction not in REDUCTIONS:
         raise ConfigError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}")
     per_example = [
         _reduce(signed, absolute, reduction)
         for batch in batches
-        for signed, absolute in [gradient_x_activation(model, batch, interface=interface)]
+        for signed, absolute in [gradient_x_activation(model, as_batch(batch), interface=interface)]
     ]
     if not per_example:
         raise DataError(

@@ -275,14 +275,14 @@ def position_mask(
     batch: Batch, positions: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor | None]:
     """Mask (B, T) of the positions to keep, and how to repeat kept rows where one serves several;
-    ``positions[i]`` are those of example i.
+    ``positions[i]`` are those of example i, counted from its first token, whatever the padding.
     """
     mask = torch.zeros_like(batch.input_ids, dtype=torch.bool)
     picks: list[int] = []
     kept = 0
-    for row, example in enumerate(batch.rows):
+    for row, (example, start) in enumerate(zip(batch.rows, batch.starts, strict=True)):
         unique = sorted(set(positions[example]))
-        mask[row, unique] = True
+        mask[row, [start + position for position in unique]] = True
         place = {position: kept + i for i, position in enumerate(unique)}
         picks += [place[position] for position in positions[example]]
         kept += len(unique)

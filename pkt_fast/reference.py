@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anatomy import Anatomy, Tap
+from .config import TransferConfig
 from .data.batches import Batch
 from .pairing import LayerPair
 
@@ -199,10 +200,14 @@ def label_cosine_rows(
     hidden (N, D), weight (V, D), labels (N,) -> (N,).
     """
     logits = head_logits(hidden, weight, bias, softcap)
-    keep = labels != IGNORE_INDEX
-    target = F.one_hot(labels.clamp_min(0), weight.shape[0]).to(logits.dtype)
-    target = (1 - label_smoothing) * target + label_smoothing / weight.shape[0]
-    return row_cosine(logits, target) * keep
+    return label_cosines(logits, labels.clamp_min(0), label_smoothing) * (labels != IGNORE_INDEX)
+
+
+def label_cosines(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """cos(z, t) per row of (N, V), t = (1−ε)·onehot(y) + ε/V."""
+    target = F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+    target = (1 - label_smoothing) * target + label_smoothing / logits.shape[-1]
+    return row_cosine(logits, target)
 
 
 def label_cosine(hidden: Tensor, weight: Tensor, labels: Tensor, **options: object) -> Tensor:
@@ -236,23 +241,27 @@ def linear_kl(
     p = softmax(z_src/τ), q = softmax(z_tgt/τ), over the V rows both heads share.  ``forward``:
     KL(p‖q); ``reverse``: KL(q‖p); ``jsd``: ½KL(p‖m) + ½KL(q‖m), m = (p+q)/2.  No τ² factor.
     """
-    log_q = F.log_softmax(
-        head_logits(target_hidden, target_head, target_bias, target_softcap) / temperature, dim=-1
-    )
-    log_p = F.log_softmax(
-        head_logits(source_hidden, source_head, source_bias, source_softcap) / temperature, dim=-1
-    )
+    ours = head_logits(target_hidden, target_head, target_bias, target_softcap)
+    theirs = head_logits(source_hidden, source_head, source_bias, source_softcap)
+    return divergence(theirs / temperature, ours / temperature, kind)
 
-    def divergence(log_a: Tensor, log_b: Tensor) -> Tensor:
+
+def divergence(source_logits: Tensor, target_logits: Tensor, kind: str) -> Tensor:
+    """Divergence of p = softmax(z_src) and q = softmax(z_tgt) per row of (N, V), as in
+    :func:`linear_kl`.
+    """
+    log_p, log_q = source_logits.log_softmax(-1), target_logits.log_softmax(-1)
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
         return (log_a.exp() * (log_a - log_b)).sum(-1)
 
     if kind == "forward":
-        return divergence(log_p, log_q)
+        return kl(log_p, log_q)
     if kind == "reverse":
-        return divergence(log_q, log_p)
+        return kl(log_q, log_p)
     if kind == "jsd":
         log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        return (divergence(log_p, log_m) + divergence(log_q, log_m)) / 2
+        return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
     raise ValueError(f"unknown kind {kind!r}")
 
 
@@ -272,6 +281,26 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     """Linear CKA: ⟨K_x, K_y⟩ / (‖K_x‖·‖K_y‖)."""
     inner, norm_x, norm_y = relation_terms(x, y)
     return inner / (norm_x * norm_y)
+
+
+def relation_losses(hidden: Tensor, target: Tensor, counts: Sequence[int]) -> Tensor:
+    """1 − CKA of every sequence of ``counts`` rows of two (N, D) -> (S,); 0 where there is one row,
+    which has no relations.
+    """
+    sequences = zip(hidden.split(list(counts)), target.split(list(counts)), strict=True)
+    return torch.stack([1 - cka(x, y) if len(x) > 1 else 0 * x.sum() for x, y in sequences])
+
+
+def squared_error(hidden: Tensor, target: Tensor) -> Tensor:
+    """‖h_k − h̃‖² / ‖h̃‖² per row."""
+    return (hidden - target).square().sum(-1) / target.square().sum(-1)
+
+
+def fisher(hidden: Tensor, target: Tensor, head: Tensor) -> Tensor:
+    """½·dᵀ(diag(p) − ppᵀ)d per row, d = W(h_k − h̃), p = softmax(W·h̃)."""
+    p = torch.softmax(target @ head.T, dim=-1)
+    d = (hidden - target) @ head.T
+    return ((p * d.square()).sum(-1) - (p * d).sum(-1).square()) / 2
 
 
 # --------------------------------------------------------------------------- injection
@@ -321,44 +350,124 @@ def semalign(
     pairs: Sequence[LayerPair],
     steps: Sequence[Sequence[Batch]],
     parameters: Sequence[nn.Parameter],
-    *,
-    interface: str = "mlp",
-    learning_rate: float = 3e-4,
+    config: TransferConfig,
 ) -> list[dict[str, float]]:
     """The whole method in one phase: every step runs both models in full on its batches.
 
     ``steps`` holds the batches of each optimiser step, ``parameters`` the target's LoRA parameters.
     Per step: capture both models' layers at the supervised positions, decompose and recompose over
-    the vocabulary, L = L_layer + L_out, AdamW.  Returns the two losses of every step.
+    the vocabulary, L = L_layer + L_out (and the other losses that ``config`` names), AdamW.  Both
+    tokenizers are one, and so are the rows of both heads.  Returns the losses of every step.
     """
-    source_anatomy, target_anatomy = Anatomy.of(source), Anatomy.of(target)
-    source_head = source_anatomy.head.weight.detach()
-    target_head = target_anatomy.head.weight.detach()
-    source_basis, target_basis = semantic_basis(source_head), semantic_basis(target_head)
-    needed = sorted({layer for pair in pairs for layer in pair.source})
-    source_taps = {layer: source_anatomy.tap(layer, interface) for layer in needed}
-    target_taps = {pair.target: target_anatomy.tap(pair.target, interface) for pair in pairs}
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    source_layers = sorted({layer for pair in pairs for layer in pair.source})
+    taps = (
+        layer_taps(source, source_layers, config.interface),
+        layer_taps(target, [pair.target for pair in pairs], config.interface),
+    )
+    weights = {"output_loss": config.output_weight, "label_loss": config.label_weight}
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
     history = []
     for batches in steps:
         rows = sum(int(batch.supervised.sum()) for batch in batches)
-        layer_loss = output_loss = 0.0
+        sequences = sum(len(batch) for batch in batches)
+        units = {"layer_loss": sequences if config.objective == "relation" else rows}
+        record: dict[str, float] = {}
         for batch in batches:
-            keep = batch.supervised
-            with torch.no_grad():
-                seen, _ = read_layers(source, source_taps, batch.model_inputs())
-            ours, logits = read_layers(target, target_taps, batch.model_inputs())
-            onehot = F.one_hot(batch.targets[keep], logits.shape[-1]).to(logits.dtype)
-            l_out = (1 - row_cosine(logits[keep], onehot)).sum() / rows
-            l_layer = torch.zeros_like(l_out)
-            for pair in pairs:
-                hidden = interpolate([seen[layer][keep] for layer in pair.source], pair.weight)
-                supervisory = recompose(coefficients(hidden, source_basis), target_basis)
-                distance = 1 - row_cosine(ours[pair.target][keep], supervisory)
-                l_layer = l_layer + distance.sum() / rows / len(pairs)
-            (l_layer + l_out).backward()
-            layer_loss, output_loss = layer_loss + l_layer.item(), output_loss + l_out.item()
+            losses = summed_losses(source, target, taps, pairs, batch, config)
+            for name, total in losses.items():
+                mean = total / units.get(name, rows)
+                (weights.get(name, 1.0) * mean).backward(retain_graph=True)
+                record[name] = record.get(name, 0.0) + mean.item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        history.append({"layer_loss": layer_loss, "output_loss": output_loss})
+        history.append(record)
     return history
+
+
+def layer_taps(model: nn.Module, layers: Sequence[int], interface: str) -> dict[int, Tap]:
+    """Where ``layers`` of ``model`` are read."""
+    anatomy = Anatomy.of(model)
+    return {layer: anatomy.tap(layer, interface) for layer in layers}
+
+
+def summed_losses(
+    source: nn.Module,
+    target: nn.Module,
+    taps: tuple[Mapping[int, Tap], Mapping[int, Tap]],
+    pairs: Sequence[LayerPair],
+    batch: Batch,
+    config: TransferConfig,
+) -> dict[str, Tensor]:
+    """Every loss of one batch, summed over its rows (or sequences); ``taps`` are the source's and
+    the target's.
+    """
+    keep = batch.supervised
+    with torch.no_grad():
+        seen, source_logits = read_layers(source, taps[0], batch.model_inputs())
+    ours, logits = read_layers(target, taps[1], batch.model_inputs())
+    source_head, target_head = (Anatomy.of(m).head.weight.detach() for m in (source, target))
+    labels = batch.targets[keep]
+    losses: dict[str, Tensor] = {}
+    if config.objective != "none":
+        align = {"frame": align_frame, "dual": align_dual, "logit": align_logit}[config.recompose]
+        distances = []
+        for pair in pairs:
+            hidden = interpolate([seen[layer][keep] for layer in pair.source], pair.weight)
+            aligned = align(hidden, source_head, target_head)
+            steered, counts = ours[pair.target][keep], keep.sum(1).tolist()
+            distances.append(
+                layer_losses(steered, aligned, config.objective, head=target_head, counts=counts)
+            )
+        share = config.layer_weight / len(pairs)
+        losses["layer_loss"] = share * torch.cat(distances).sum()
+    if config.output_loss != "none":
+        losses["output_loss"] = output_losses(
+            logits[keep], source_logits[keep], labels, config
+        ).sum()
+    if config.label_weight:
+        losses["label_loss"] = F.cross_entropy(
+            logits[keep], labels, reduction="sum", label_smoothing=config.label_smoothing
+        )
+    return losses
+
+
+def layer_losses(
+    hidden: Tensor,
+    target: Tensor,
+    objective: str,
+    *,
+    head: Tensor,
+    counts: Sequence[int],
+) -> Tensor:
+    """The distance of h_k from h̃, both (N, D_tgt): one a row, or for "relation" one a sequence of
+    ``counts`` rows.
+    """
+    if objective == "cosine":
+        return 1 - row_cosine(hidden, target)
+    if objective == "squared":
+        return squared_error(hidden, target)
+    if objective == "fisher":
+        return fisher(hidden, target, head)
+    if objective == "relation":
+        return relation_losses(hidden, target, counts)
+    raise ValueError(f"unknown objective {objective!r}")
+
+
+def output_losses(
+    logits: Tensor, source_logits: Tensor, labels: Tensor, config: TransferConfig
+) -> Tensor:
+    """What ``config.output_loss`` says of logits (N, V) beside the source's and the labels (N,)."""
+    if config.output_loss == "label_cosine":
+        return 1 - label_cosines(logits, labels, config.label_smoothing)
+    if config.output_loss == "cross_entropy":
+        return F.cross_entropy(
+            logits, labels, reduction="none", label_smoothing=config.label_smoothing
+        )
+    if config.output_loss == "logit_cosine":
+        return 1 - row_cosine(logits, source_logits)
+    if config.output_loss == "kl":
+        tau = config.temperature
+        return tau**2 * divergence(source_logits / tau, logits / tau, config.kl_kind)
+    raise ValueError(f"unknown output_loss {config.output_loss!r}")

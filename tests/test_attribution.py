@@ -143,6 +143,45 @@ def test_the_model_is_left_as_it_was():
     assert not any(m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_batch_can_be_a_mapping(side):
+    model = tiny_model("llama", seed=4)
+    examples = [
+        Example(tuple(range(1, n)), (-100, *range(2, n)), row) for row, n in enumerate((9, 5, 7))
+    ]
+    batch = collate(examples, range(3), pad_token_id=0, padding_side=side)
+    labels = batch.labels.masked_fill(batch.attention_mask == 0, 3)  # never learnt from
+    given = {
+        "input_ids": batch.input_ids.int(),
+        "attention_mask": batch.attention_mask.bool(),
+        "labels": labels,
+    }
+    assert torch.equal(attribute(model, [given]), attribute(model, [batch]))
+    right = collate(examples, range(3), pad_token_id=0)
+    torch.testing.assert_close(attribute(model, [given]), attribute(model, [right]))
+    alone = collate(examples, [0], pad_token_id=0)
+    unpadded = {"input_ids": alone.input_ids, "labels": alone.labels}
+    assert torch.equal(attribute(model, [unpadded]), attribute(model, [alone]))
+
+
+IDS = torch.ones(2, 4, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"input_ids": IDS}, r"needs labels, a \(B, T\) tensor of integers; here it is NoneType"),
+        ({"input_ids": IDS[0], "labels": IDS[0]}, r"needs input_ids, .* here it is \(4,\)"),
+        ({"input_ids": IDS, "labels": IDS[:, 1:]}, r"one shape, not \(2, 4\), \(2, 3\), \(2, 4\)"),
+        (IDS, "a batch is a Tensor: give pkt_fast.data.Batch objects, or mappings"),
+    ],
+)
+def test_other_batches_are_refused(batch, words):
+    with pytest.raises(DataError, match=words) as caught:
+        attribute(tiny_model("llama"), [batch])
+    assert "\n" not in str(caught.value)
+
+
 def test_refusals():
     model = tiny_model("llama")
     with pytest.raises(DataError, match="no batch"):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import toy_tokenizers
 from models import tiny_model
 from transformers import PreTrainedModel
+
+from pkt_fast import LayerDelta, TransferConfig, reference
+from pkt_fast.data import collate, encode
+from pkt_fast.pairing import LayerPair
+from pkt_fast.steering import adapter_parameters, attach_lora, plan_steps
 
 TOKENIZER = toy_tokenizers.byte_level(bos=False)
 
@@ -26,6 +32,38 @@ def sized_model(family: str, seed: int, width: int, layers: int, **options: Any)
     sizes = {"gpt2": ("n_embd", "n_layer")}.get(family, ("hidden_size", "num_hidden_layers"))
     sized = dict(zip(sizes, (width, layers), strict=True))
     return tiny_model(family, seed=seed, **{"vocab_size": len(TOKENIZER), **sized, **options})
+
+
+def relative_error(ours: LayerDelta, theirs: LayerDelta) -> float:
+    """The largest relative error of a change of ``theirs``."""
+    return max(
+        float((ours.changes[name].matrix() - change.matrix()).norm() / change.matrix().norm())
+        for name, change in theirs.changes.items()
+    )
+
+
+def one_phase(
+    source: PreTrainedModel,
+    target: PreTrainedModel,
+    rows: list[dict[str, str]],
+    pairs: Sequence[LayerPair],
+    config: TransferConfig,
+    padding_side: Literal["right", "left"] = "right",
+) -> tuple[list[dict[str, float]], LayerDelta]:
+    """The materialised one-phase loop from the same adapter, on the same batches."""
+    examples = encode(rows, TOKENIZER)
+    layers = [pair.target for pair in pairs]
+    adapted = attach_lora(target, layers, config)
+    steps = [
+        [
+            collate(examples, micro, pad_token_id=0, padding_side=padding_side)
+            for micro in step.micro
+        ]
+        for step in plan_steps(examples.lengths, config)
+    ]
+    parameters = adapter_parameters(adapted, layers)
+    history = reference.semalign(source, adapted, pairs, steps, parameters, config)
+    return history, LayerDelta.from_peft(adapted)
 
 
 def rows(*shape: int, seed: int = 0) -> torch.Tensor:

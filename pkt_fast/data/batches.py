@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from ..errors import DataError
 from .bucketing import batch_indices
 from .examples import IGNORE_INDEX, Example, ExampleSet
 
@@ -63,6 +64,12 @@ class Batch:
         return self.targets != IGNORE_INDEX
 
     @cached_property
+    def starts(self) -> list[int]:
+        """Column of every row's first real token: all 0 under right padding."""
+        starts: list[int] = self.attention_mask.argmax(1).tolist()
+        return starts
+
+    @cached_property
     def num_tokens(self) -> int:
         """Real tokens, padding not counted."""
         return int(self.attention_mask.sum())
@@ -88,6 +95,47 @@ class Batch:
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
+
+
+def as_batch(value: Batch | Mapping[str, torch.Tensor]) -> Batch:
+    """A batch from a mapping of ``input_ids`` and ``labels``, (B, T) int64, and, where rows are
+    padded on either side, ``attention_mask``; a batch stays as it is.
+
+    Labels stand at their own tokens, as Transformers has them.  Raises
+    :class:`~pkt_fast.errors.DataError` for anything else.
+    """
+    if isinstance(value, Batch):
+        return value
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f"a batch is a {type(value).__name__}: give pkt_fast.data.Batch objects, or mappings "
+            "of input_ids, labels and attention_mask"
+        )
+    ids, labels = (_matrix(value, name) for name in ("input_ids", "labels"))
+    mask = torch.ones_like(ids)
+    if value.get("attention_mask") is not None:
+        mask = _matrix(value, "attention_mask")
+    if not ids.shape == labels.shape == mask.shape:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (ids, labels, mask))
+        raise DataError(
+            f"a batch's input_ids, labels and attention_mask must have one shape, not {shapes}"
+        )
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels.masked_fill(mask == 0, IGNORE_INDEX),
+        position_ids=(mask.cumsum(1) - 1) * mask,
+        rows=tuple(range(len(ids))),
+        padding_side="right" if bool(mask[:, :1].all()) else "left",
+    )
+
+
+def _matrix(value: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    tensor = value.get(name)
+    if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2:
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise DataError(f"a batch needs {name}, a (B, T) tensor of integers; here it is {found}")
+    return tensor.long()
 
 
 def collate(
