@@ -388,16 +388,18 @@ def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
     functions = [] if native is None else [n for n in dir(native) if not n.startswith("_")]
     compiled = any(op.startswith(name) for name in functions)
     products = "own" if choice().own else "library"
+    wish = backend()
     why = {
         "native": "C++ kernel" if compiled else f"{products} matrix products",
         "triton": "fused kernel",
         "cuda": "CUDA kernel of the extension",
-        "reference": "no kernel for it",
+        "reference": "no kernel for it" if wish == "auto" else "as asked for",
+        "none": f"no {wish} implementation: a call is refused",
     }
     cpu, cuda = why[devices["cpu"]], why[devices["cuda"]]
-    if devices["cpu"] == "reference" and native is None:
+    if wish == "auto" and devices["cpu"] == "reference" and native is None:
         cpu = "extension out of date" if stale_extension() else "extension not built"
-    if devices["cuda"] == "reference" and not triton_available():
+    if wish == "auto" and devices["cuda"] == "reference" and not triton_available():
         cuda = "Triton is not installed"
     return {**devices, "cpu_why": cpu, "cuda_why": cuda}
 

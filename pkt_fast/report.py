@@ -22,6 +22,7 @@ from .data.examples import ExampleSet
 from .maps import Alignment, summarize
 from .ops import served_by
 from .ops._gemm import choice
+from .ops._registry import Calls
 from .pairing import LayerPair
 
 PACKAGES = ("pkt-fast", "torch", "transformers", "peft", "triton", "safetensors", "numpy")
@@ -114,10 +115,21 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
-def op_backends(device: torch.device) -> dict[str, str]:
-    """The implementation of every op that serves ``device``."""
+def op_backends(device: torch.device, calls: Calls) -> dict[str, str]:
+    """The implementations of every op that ran, or would under the backend in force on ``device``
+    where ``calls`` has none.
+    """
     kind = "cpu" if device.type == "cpu" else "cuda"
-    return {op: served[kind] for op, served in served_by().items()}
+    ran = {op: ", ".join(names) for op, names in op_calls(calls).items()}
+    return {op: ran.get(op, served[kind]) for op, served in served_by().items()}
+
+
+def op_calls(calls: Calls) -> dict[str, dict[str, int]]:
+    """How often every implementation ran, by op."""
+    found: dict[str, dict[str, int]] = {}
+    for (op, name), count in sorted(calls.items()):
+        found.setdefault(op, {})[name] = count
+    return found
 
 
 # --------------------------------------------------------------------------- a transfer
@@ -142,6 +154,7 @@ def transfer_report(
     trained_parameters: int,
     store_bytes: int,
     delta: Mapping[str, Any],
+    calls: Calls,
 ) -> dict[str, Any]:
     """What report.json holds beside the history, with JSON types; ``summary`` is for a person."""
     phases, peaks = clock.as_dict(), peak_memory()
@@ -178,7 +191,8 @@ def transfer_report(
         "peak_memory": peaks,
         "device": str(device),
         "seed": config.seed,
-        "ops": op_backends(device),
+        "ops": op_backends(device, calls),
+        "op_calls": op_calls(calls),
         "versions": versions(),
         "machine": machine(),
         "delta": dict(delta),

@@ -40,6 +40,7 @@ from .loading import resolve_device
 from .maps import map_layers
 from .objectives import FrozenHead, needs_source_head
 from .ops import backend
+from .ops._registry import Calls, counted_calls
 from .ops.linear import own_products
 from .page import write_html
 from .pairing import LayerPair
@@ -60,7 +61,8 @@ class TransferResult:
         pairs: the layer pairs, 0-based.
         attribution: (L_src,) scores, or None when layers were given.
         history: one record a step: step, epoch, learning_rate and every loss.
-        report: settings, data, timings by phase, memory, versions, op implementations.
+        report: settings, data, timings by phase, memory, versions, and which implementation of
+            every op ran (``ops``) and how often (``op_calls``).
     """
 
     model: nn.Module
@@ -125,11 +127,16 @@ def transfer(
     settings = TransferConfig.make(config, preset, **overrides)
     if output_dir is not None:
         _check_apart(settings.store, check_output_dir(output_dir, settings.overwrite))
-    with computing_as(settings), lent(src, source_base, kept=tgt), differentiable():
+    with (
+        computing_as(settings),
+        lent(src, source_base, kept=tgt),
+        differentiable(),
+        counted_calls() as calls,
+    ):
         inputs = TransferInputs.load(
             src, tgt, data, tokenizer, settings, progress=progress, source_base=source_base
         )
-        result = _transfer(inputs)
+        result = _transfer(inputs, calls)
     if output_dir is not None:
         result.save(output_dir, overwrite=settings.overwrite)
     return result
@@ -157,7 +164,7 @@ def computing_as(config: TransferConfig) -> Iterator[None]:
         yield
 
 
-def _transfer(inputs: TransferInputs) -> TransferResult:
+def _transfer(inputs: TransferInputs, calls: Calls) -> TransferResult:
     """The steps of the method, one after the other."""
     inputs.source.to(inputs.device)
     seen = SeenRows.wanted_by(inputs)
@@ -191,6 +198,7 @@ def _transfer(inputs: TransferInputs) -> TransferResult:
             trained_parameters=delta.num_parameters,
             store_bytes=0 if supervision is None else supervision.num_bytes,
             delta=maker.report(),
+            calls=calls,
         ),
     )
 

@@ -190,3 +190,16 @@ def test_wheel_is_complete_and_works_on_its_own(checkout, tmp_path):
     assert Path(module).parent == site / "pkt_fast"
     assert Path(folder) == site / "pkt_fast" / "kernels"
     assert float(total) == 2.0
+
+
+# --------------------------------------------------------------------------- the CUDA part
+
+
+@pytest.mark.parametrize(("demand", "status"), [("", 0), ("0", 0), ("1", 1)])
+def test_a_build_without_nvcc_fails_the_check_where_cuda_is_demanded(demand, status, monkeypatch):
+    native = pytest.importorskip("pkt_fast._native")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": ""})
+    monkeypatch.setenv("PKT_FAST_CUDA", demand)
+    script = runpy.run_path(str(ROOT / "scripts" / "check_cuda_build.py"))
+    assert script["main"]() == status

@@ -23,6 +23,7 @@ from transformers import (
 from pkt_fast import TransferConfig, cli, commands
 from pkt_fast.cli import main
 from pkt_fast.delta import LayerDelta
+from pkt_fast.ops import backend
 
 ROWS = sums(6, 4)
 
@@ -256,6 +257,17 @@ def test_info_names_who_serves_every_op(capsys):
         assert served.keys() == {"cpu", "cuda", "cpu_why", "cuda_why"}
     assert main(["info"]) == 0
     assert "capture_rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wish", "cpu", "why"),
+    [("reference", "reference", "as asked for"), ("triton", "none", "no triton implementation")],
+)
+def test_info_follows_the_backend_in_force(wish, cpu, why):
+    with backend(wish):
+        served = commands.information()["ops"]
+    assert {op["cpu"] for op in served.values()} == {cpu}
+    assert all(op["cpu_why"].startswith(why) for op in served.values())
 
 
 def test_demo_runs_on_the_bundled_pair(monkeypatch, tmp_path, capsys):

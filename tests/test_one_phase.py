@@ -21,19 +21,21 @@ def pair(family, **options):
     return sized_model(family, 1, 48, 6, **options), sized_model(family, 2, 32, 4, **options)
 
 
-def check(family, padding_side="right", architecture=None, **options):
-    config = TransferConfig.make(**QUICK, **options)
+def check(family, padding_side="right", architecture=None, shares=None, **options):
+    config = TransferConfig.make(**{**QUICK, **options})
     architecture = architecture or {}
     result = pkt_fast.transfer(
         *pair(family, **architecture), ROWS, tokenizer=TOKENIZER, progress=False, config=config
     )
     history, delta = one_phase(
-        *pair(family, **architecture), ROWS, result.pairs, config, padding_side
-    )
+        *pair(family, **architecture), ROWS, result.pairs, config,
+        padding_side=padding_side, shares=shares,
+    )  # fmt: skip
     for ours, theirs in zip(result.history, history, strict=True):
         for name, loss in theirs.items():
             assert ours[name] == pytest.approx(loss, abs=1e-5), name
     assert relative_error(result.delta, delta) < 1e-4
+    return result
 
 
 @pytest.fixture
@@ -68,6 +70,19 @@ def test_rows_that_attribution_saw_come_from_left_padded_batches_too(padded):
 @pytest.mark.parametrize("interface", ["attention", "block", "contribution"])
 def test_interfaces(interface):
     check("llama", layers=[1], interface=interface)
+
+
+def test_one_source_layer_alone():
+    result = check("llama", layers=[1, 2], pairing="single")
+    assert [link.source for link in result.pairs] == [(2,), (3,)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "shares"), [({"epochs": 2}, [2, 2, 2]), ({"steps": 5}, [1, 2, 2])], ids=str
+)
+def test_the_frontier_shares_the_steps_and_leaves_earlier_layers_as_trained(budget, shares):
+    result = check("llama", layers=[0, 1, 3], schedule="frontier", shares=shares, **budget)
+    assert [record["step"] for record in result.history] == list(range(sum(shares)))
 
 
 OBJECTIVES = [

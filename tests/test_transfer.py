@@ -1,19 +1,20 @@
 """The whole transfer against the one-phase reference, and everything around it."""
 
 import json
+import threading
 
 import pytest
 import torch
 import toy_tokenizers
 from peft import PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy_pairs import TOKENIZER, sized_model, sums
+from toy_pairs import TOKENIZER, one_phase, relative_error, sized_model, sums
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pkt_fast
-from pkt_fast import TransferConfig, reference, steering
+from pkt_fast import TransferConfig, steering
 from pkt_fast.anatomy import Anatomy
-from pkt_fast.data import collate, encode
+from pkt_fast.data import encode
 from pkt_fast.delta import LayerDelta
 from pkt_fast.errors import (
     ConfigError,
@@ -24,10 +25,10 @@ from pkt_fast.errors import (
     StoreError,
     VocabularyError,
 )
+from pkt_fast.ops import _registry
 from pkt_fast.steering import (
     Loader,
     Tail,
-    adapter_parameters,
     attach_lora,
     learning_rate_factor,
     plan_steps,
@@ -47,98 +48,9 @@ def transfer(source, target, data=ROWS, **options):
     )
 
 
-def reference_run(source, target, pairs, config, shares=None):
-    """The materialised one-phase loop from the same adapter, on the same batches.
-
-    With ``shares``, numbers of steps, the pairs train one after the other, each for its share.
-    """
-    examples = encode(ROWS, TOKENIZER)
-    adapted = attach_lora(target, [pair.target for pair in pairs], config)
-    steps = [
-        [collate(examples, micro, pad_token_id=0) for micro in step.micro]
-        for step in plan_steps(examples.lengths, config)
-    ]
-    stages = (
-        [(pairs, len(steps))]
-        if shares is None
-        else [([pair], share) for pair, share in zip(pairs, shares, strict=True)]
-    )
-    history = []
-    for together, share in stages:
-        adapted.zero_grad()
-        history += reference.semalign(
-            source,
-            adapted,
-            together,
-            steps[len(history) : len(history) + share],
-            adapter_parameters(adapted, [pair.target for pair in together]),
-            interface=config.interface,
-            learning_rate=config.learning_rate,
-        )
-    return history, LayerDelta.from_peft(adapted)
-
-
-def relative_error(ours, theirs):
-    return max(
-        float((ours.changes[k].matrix() - c.matrix()).norm() / c.matrix().norm())
-        for k, c in theirs.changes.items()
-    )
-
-
-@pytest.mark.parametrize("layers", [[0], [2], [1, 3]], ids=str)
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [("llama", {}), ("gpt2", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {})],
-    ids=lambda v: v if isinstance(v, str) else "",
-)
-def test_two_phases_equal_the_one_phase_reference(family, options, layers):
-    config = TransferConfig.make(layers=layers, **QUICK)
-    source, target = pair(family, **options)
-    result = transfer(source, target, config=config)
-    _, target = pair(family, **options)
-    history, delta = reference_run(source, target, result.pairs, config)
-    for ours, theirs in zip(result.history, history, strict=True):
-        assert ours["layer_loss"] == pytest.approx(theirs["layer_loss"], abs=1e-5)
-        assert ours["output_loss"] == pytest.approx(theirs["output_loss"], abs=1e-5)
-    assert relative_error(result.delta, delta) < 1e-4
-
-
-@pytest.mark.parametrize("interface", ["attention", "block", "contribution"])
-def test_other_interfaces_equal_the_reference(interface):
-    config = TransferConfig.make(layers=[1], interface=interface, **QUICK)
-    source, target = pair()
-    result = transfer(source, target, config=config)
-    history, delta = reference_run(source, pair()[1], result.pairs, config)
-    assert result.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
-    assert relative_error(result.delta, delta) < 1e-4
-
-
-def test_one_source_layer_alone_equals_the_reference():
-    config = TransferConfig.make(layers=[1, 2], pairing="single", **QUICK)
-    source, target = pair()
-    result = transfer(source, target, config=config)
-    assert [link.source for link in result.pairs] == [(2,), (3,)]
-    history, delta = reference_run(source, pair()[1], result.pairs, config)
-    assert result.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
-    assert relative_error(result.delta, delta) < 1e-4
+def test_one_source_layer_alone_can_be_attributed():
     attributed = transfer(*pair(), num_layers=4, pairing="single")
     assert [len(link.source) for link in attributed.pairs] == [1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("budget", "shares"), [({"epochs": 2}, [2, 2, 2]), ({"steps": 5}, [1, 2, 2])], ids=str
-)
-def test_the_frontier_shares_the_steps_and_leaves_earlier_layers_as_trained(budget, shares):
-    config = TransferConfig.make(layers=[0, 1, 3], schedule="frontier", **{**QUICK, **budget})
-    source, target = pair()
-    result = transfer(source, target, config=config)
-    assert len(plan_steps(encode(ROWS, TOKENIZER).lengths, config)) == sum(shares)
-    assert [record["step"] for record in result.history] == list(range(sum(shares)))
-    history, delta = reference_run(source, pair()[1], result.pairs, config, shares)
-    for ours, theirs in zip(result.history, history, strict=True):
-        assert ours["layer_loss"] == pytest.approx(theirs["layer_loss"], abs=1e-5)
-        assert ours["output_loss"] == pytest.approx(theirs["output_loss"], abs=1e-5)
-    assert relative_error(result.delta, delta) < 1e-4
 
 
 def test_every_stage_of_the_frontier_has_its_own_rise_and_fall():
@@ -164,6 +76,21 @@ def test_reference_backend_gives_the_same_adapter():
     plain = transfer(*pair(), backend="reference")
     assert relative_error(auto.delta, plain.delta) < 1e-4
     assert pkt_fast.backend() == "auto"
+
+
+def test_the_report_says_which_implementations_ran(monkeypatch):
+    quick = {"steps": 1, "layers": [1]}
+    plain = transfer(*pair(), backend="reference", **quick).report
+    assert set(plain["ops"].values()) == {"reference"}
+    auto = transfer(*pair(), **quick).report
+    assert auto["ops"]["align_rows"] == auto["ops"]["linear_kl"] == "native"
+    calls = plain["op_calls"]["align_rows"]["reference"]
+    assert auto["op_calls"]["align_rows"] == {"native": calls}
+    assert "linear_kl" not in auto["op_calls"]
+    monkeypatch.setitem(_registry._ops["align_rows"].supports, "native", lambda *args: False)
+    fallen = transfer(*pair(), **quick).report
+    assert fallen["ops"] == auto["ops"] | {"align_rows": "reference"}
+    assert fallen["op_calls"]["align_rows"] == plain["op_calls"]["align_rows"]
 
 
 def test_losses_fall_and_only_the_paired_layer_moves():
@@ -299,7 +226,7 @@ def test_the_source_pass_leaves_out_what_attribution_saw(attribution_examples, i
     alone = transfer(*pair(), config=config, store_budget_gb=1e-9)
     assert alone.report["phases"]["source pass"]["tokens"] == sum(lengths)
     assert relative_error(shared.delta, alone.delta) < 1e-4
-    history, delta = reference_run(*pair(), shared.pairs, config)
+    history, delta = one_phase(*pair(), ROWS, shared.pairs, config)
     assert shared.history[-1]["layer_loss"] == pytest.approx(history[-1]["layer_loss"], abs=1e-5)
     assert relative_error(shared.delta, delta) < 1e-4
 
@@ -552,6 +479,55 @@ def test_clipping_changes_the_training():
     plain = transfer(*pair(), layers=[1])
     clipped = transfer(*pair(), layers=[1], max_grad_norm=1e-3)
     assert relative_error(clipped.delta, plain.delta) > 1e-6
+
+
+def test_blocks_that_nothing_is_read_from_are_compiled(monkeypatch):
+    compiled = []
+
+    def compile(block, **options):
+        compiled.append(block)
+        block._compiled_call_impl = block._call_impl
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile)
+    source, target = pair()
+    transfer(source, target, layers=[1], compile=True, steps=1)
+    assert compiled == list(target.model.layers[2:])
+    assert all(block._compiled_call_impl is None for block in target.model.layers)
+
+
+def test_micro_batches_are_built_ahead_in_another_thread(monkeypatch):
+    threads = []
+
+    def build(loader, examples):
+        threads.append(threading.get_ident())
+        return plain(loader, examples)
+
+    plain = Loader.build
+    monkeypatch.setattr(Loader, "build", build)
+    transfer(*pair(), layers=[1], epochs=1)
+    assert len(threads) == 5
+    assert threading.get_ident() not in threads
+
+
+def test_dropout_reaches_the_adapter_and_its_training():
+    plain = transfer(*pair(), layers=[1], epochs=1)
+    dropped = transfer(*pair(), layers=[1], epochs=1, dropout=0.5)
+    assert dropped.model.peft_config["default"].lora_dropout == 0.5
+    assert relative_error(dropped.delta, plain.delta) > 1e-3
+    # The first loss is read at an adapter of zeros, whatever is dropped.
+    assert dropped.history[0]["layer_loss"] == pytest.approx(plain.history[0]["layer_loss"])
+
+
+def test_steps_are_planned_with_or_without_buckets():
+    lengths = [3, 40, 4, 41, 5, 42, 6, 43]
+    settings = {"batch_size": 2, "epochs": 1}
+    spread = []
+    for bucket in (True, False):
+        plan = plan_steps(lengths, TransferConfig.make(bucket=bucket, **settings))
+        assert sorted(i for step in plan for micro in step.micro for i in micro) == list(range(8))
+        spread.append(max(lengths[m[0]] - lengths[m[-1]] for step in plan for m in step.micro))
+    assert spread[0] <= 3
+    assert spread[1] > 30
 
 
 @pytest.mark.slow

@@ -48,12 +48,16 @@ def one_phase(
     rows: list[dict[str, str]],
     pairs: Sequence[LayerPair],
     config: TransferConfig,
+    *,
     padding_side: Literal["right", "left"] = "right",
+    shares: Sequence[int] | None = None,
 ) -> tuple[list[dict[str, float]], LayerDelta]:
-    """The materialised one-phase loop from the same adapter, on the same batches."""
+    """The materialised one-phase loop from the same adapter, on the same batches.
+
+    With ``shares``, numbers of steps, the pairs train one after the other, each for its share.
+    """
     examples = encode(rows, TOKENIZER)
-    layers = [pair.target for pair in pairs]
-    adapted = attach_lora(target, layers, config)
+    adapted = attach_lora(target, [pair.target for pair in pairs], config)
     steps = [
         [
             collate(examples, micro, pad_token_id=0, padding_side=padding_side)
@@ -61,8 +65,17 @@ def one_phase(
         ]
         for step in plan_steps(examples.lengths, config)
     ]
-    parameters = adapter_parameters(adapted, layers)
-    history = reference.semalign(source, adapted, pairs, steps, parameters, config)
+    stages = (
+        [(pairs, len(steps))]
+        if shares is None
+        else [([pair], share) for pair, share in zip(pairs, shares, strict=True)]
+    )
+    history: list[dict[str, float]] = []
+    for together, share in stages:
+        adapted.zero_grad()
+        trained = adapter_parameters(adapted, [pair.target for pair in together])
+        now = steps[len(history) : len(history) + share]
+        history += reference.semalign(source, adapted, together, now, trained, config)
     return history, LayerDelta.from_peft(adapted)
 
 

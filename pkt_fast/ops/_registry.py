@@ -16,12 +16,14 @@ is logged once per op.  An extension that was built from other sources than thos
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +42,10 @@ logger = logging.getLogger("pkt_fast")
 Implementation = TypeVar("Implementation", bound=Callable[..., Any])
 
 
+Calls = Counter[tuple[str, str]]
+"""How often an implementation of an op ran: (op, implementation) -> calls."""
+
+
 @dataclass
 class _Op:
     implementations: dict[str, Callable[..., Any]] = field(default_factory=dict)
@@ -48,6 +54,7 @@ class _Op:
 
 _ops: dict[str, _Op] = {}
 _reported: set[tuple[str, str]] = set()
+_counters: list[Calls] = []
 
 
 def _checked(name: str, where: str) -> str:
@@ -218,15 +225,18 @@ def _candidates(device: torch.device) -> tuple[str, ...]:
     return (_preference,)
 
 
-def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) -> bool:
+def _serves(entry: _Op, name: str, device: torch.device) -> bool:
+    """Whether the op has implementation ``name`` on ``device``, for some arguments at least."""
     if name not in entry.implementations:
         return False
     if name == "triton" and device.type == "cpu" and not triton_interpreted():
         return False
-    if name in ("native", "cuda") and (name == "native") != (device.type == "cpu"):
-        return False
+    return name not in ("native", "cuda") or (name == "native") == (device.type == "cpu")
+
+
+def _usable(entry: _Op, name: str, device: torch.device, args: tuple[Any, ...]) -> bool:
     supports = entry.supports.get(name)
-    return supports is None or supports(*args)
+    return _serves(entry, name, device) and (supports is None or supports(*args))
 
 
 def select(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> str:
@@ -252,18 +262,37 @@ def select(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> str:
 
 def dispatch(op: str, like: Tensor, *args: Any) -> Any:
     """Run ``op`` on ``args`` with the implementation chosen for the device of ``like``."""
-    return _ops[op].implementations[select(op, like.device, args)](*args)
+    name = select(op, like.device, args)
+    for calls in _counters:
+        calls[op, name] += 1
+    return _ops[op].implementations[name](*args)
+
+
+@contextlib.contextmanager
+def counted_calls() -> Iterator[Calls]:
+    """Count which implementations run inside, in every thread of the process."""
+    calls: Calls = Counter()
+    _counters.append(calls)
+    try:
+        yield calls
+    finally:
+        _counters[:] = [counter for counter in _counters if counter is not calls]
 
 
 def served_by() -> dict[str, dict[str, str]]:
-    """For every op, the implementation that ``auto`` takes on "cpu" and on "cuda" (for reports)."""
-    on_gpu = ["cuda", "triton", "reference"]
-    if torch.cuda.is_available() and cuda_problem(torch.device("cuda")):
-        on_gpu.remove("cuda")
+    """For every op, the implementation that the preference in force takes on "cpu" and on "cuda".
+
+    "none" where it has none, so that a call would be refused; some arguments fall back.
+    """
     return {
-        op: {
-            device: next(name for name in names if name in entry.implementations)
-            for device, names in (("cpu", ["native", "reference"]), ("cuda", on_gpu))
-        }
+        op: {kind: _first_choice(entry, torch.device(kind)) for kind in ("cpu", "cuda")}
         for op, entry in sorted(_ops.items())
     }
+
+
+def _first_choice(entry: _Op, device: torch.device) -> str:
+    idle = torch.cuda.is_available() and cuda_problem(torch.device("cuda")) is not None
+    for name in _candidates(device):
+        if _serves(entry, name, device) and not (name == "cuda" and idle):
+            return name
+    return "reference" if _preference in ("auto", "reference") else "none"
