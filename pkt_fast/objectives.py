@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._random import seeded
 from .anatomy import HeadTransform
 from .chunked import chunked_rows
 from .config import TransferConfig
@@ -197,8 +198,7 @@ def hidden_term(layer: int, projection: nn.Linear, kind: str) -> Term:
 
 def learned_projection(target_size: int, source_size: int, like: Tensor, seed: int) -> nn.Linear:
     """P (D_src, D_tgt) without bias, initialised from ``seed`` alone, on the device of ``like``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         projection = nn.Linear(target_size, source_size, bias=False, dtype=_work(like))
     return projection.to(like.device)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ._random import seeded
 from .anatomy import Anatomy, is_transposed
 from .config import TransferConfig
 from .data.batches import Batch, collate, moved
@@ -66,8 +66,7 @@ def attach_lora(
         fan_in_fan_out=any(is_transposed(anatomy.model.get_submodule(name)) for name in names),
     )
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         try:
             wrapped: nn.Module = get_peft_model(model, lora)  # type: ignore[arg-type]
         except ValueError as error:  # a module it does not know, or one it knows to be bypassed
@@ -336,7 +335,7 @@ def train(
     log = _LossLog(steps, first_step, every, on_step)
     stream = loader.stream([micro for step in steps for micro in step.micro])
     with (
-        _seeded(config.seed),
+        seeded(config.seed, loader.device),
         _adapter_dropout(tail.model),
         tail.checkpointed(config.gradient_checkpointing),
         tail.compiled(config.compile),
@@ -395,16 +394,6 @@ def _adapter_dropout(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.eval()
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Dropout draws from the seed; the caller's random state is untouched."""
-    state = random.getstate()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-    random.setstate(state)
 
 
 class _LossLog:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import torch
 from torch import nn
 
+from ._random import seeded
 from .data.batches import batches
 from .data.encoding import encode
 from .data.rendering import render_prompt, special_tokens
@@ -174,9 +174,7 @@ def _go_on(
     """Complete the questions; an empty string for one that did not come to its end."""
     closings = sorted({begin.opening.closing for begin in begun} - {""})
     stopping: dict[str, Any] = {"stop_strings": closings} if closings else {}
-    device = next(source.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(random.randrange(1 << 31))
+    with seeded(random.randrange(1 << 31), next(source.parameters()).device):
         new = complete(
             source, [[*begin.opening.before, *begin.kept] for begin in begun], tokenizer,
             max_new_tokens=max_new_tokens, batch_size=batch_size,

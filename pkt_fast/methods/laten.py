@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._random import seeded
 from ..anatomy import Anatomy
 from ..data.batches import Batch
 from ..errors import ConfigError, ModelError
@@ -250,8 +251,7 @@ class LatenMaker(DeltaMaker):
                 "method='laten': no target module holds neurons; leave target_modules unset"
             )
         kinds = {change.side.path: change for change in self.changes.values()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             self.networks = {
                 kind: Hypernetwork(change.vectors.shape[1], _width(change))
                 for kind, change in kinds.items()
