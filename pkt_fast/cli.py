@@ -112,10 +112,23 @@ def _command(commands: Any, name: str, summary: str) -> Parser:
 
 def _transfer(commands: Any) -> None:
     parser = _command(commands, "transfer", "move knowledge from a source into a smaller target")
+    parser.add_argument("--output", metavar="DIR", help="where to write the adapter and the report")
+    _add_transfer(parser)
+
+
+def _diagnose(commands: Any) -> None:
+    parser = _command(
+        commands, "diagnose", "say how well a transfer's maps fit the pair, before any training"
+    )
+    _add_transfer(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_transfer(parser: argparse.ArgumentParser) -> None:
+    """The options of a transfer, but for where its result goes."""
     _add_pair(parser)
     _add_source_base(parser)
     _add_data(parser, "rows to transfer on")
-    parser.add_argument("--output", metavar="DIR", help="where to write the adapter and the report")
     parser.add_argument("--config", metavar="FILE", help="JSON file of settings")
     parser.add_argument(
         "--preset", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}"
@@ -233,6 +246,7 @@ def _info(commands: Any) -> None:
 
 _SUBCOMMANDS = (
     _transfer,
+    _diagnose,
     _demo,
     _attribute,
     _inject,

@@ -39,6 +39,7 @@ from .loading import (
     resolve_device,
     resolve_dtype,
 )
+from .maps import diagnose
 from .ops import backend, served_by
 from .pairing import pair_by_score
 from .phases import longest_first, processing_batches
@@ -110,6 +111,30 @@ def show_transfer(out: Console, result: TransferResult, output: str | None) -> N
         f"--delta {escape(shlex.quote(str(output)))} --output MERGED",
         soft_wrap=True,
     )
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    found = diagnose(
+        args.source,
+        args.target,
+        args.data,
+        source_base=args.source_base,
+        config=args.config,
+        preset=args.preset,
+        progress=not args.quiet,
+        **settings_of(args),
+    )
+    if args.json:
+        print(json.dumps([alignment.as_dict() for alignment in found], indent=2))
+        return
+    figures = ("cosine", "chance", "r2", "round_trip")
+    table = Table("target", "source", "held-out rows", "cosine", "chance", "R²", "round trip")
+    for judged in found:
+        values = (getattr(judged, name) for name in figures)
+        source = "+".join(map(str, judged.source))
+        shown = ("-" if value is None else f"{value:.3f}" for value in values)
+        table.add_row(str(judged.target), source, f"{judged.rows:,}", *shown)
+    console().print(table)
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -449,6 +474,7 @@ def _load(model: str, role: str, config: TransferConfig) -> nn.Module:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "transfer": _transfer,
+    "diagnose": _diagnose,
     "demo": _demo,
     "attribute": _attribute,
     "inject": _inject,

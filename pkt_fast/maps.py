@@ -526,8 +526,8 @@ def map_layers(
 ) -> tuple[dict[int, LatentMap], list[Alignment]]:
     """A map for every target layer of ``pairs``, and how well each predicts the target.
 
-    Paper, "semantic basis" and "decompose and recompose".  Both are empty for objectives that align
-    nothing.
+    Paper, "semantic basis" and "decompose and recompose".  Where progress is shown, so is one line
+    of the latter, before any training.  Both are empty for objectives that align nothing.
     """
     config, phases = inputs.config, inputs.phases
     if config.objective not in ALIGNED_OBJECTIVES:
@@ -551,6 +551,7 @@ def map_layers(
             built = build_maps(models, config, fit_on, update)
         with phases.phase("judge map", models.num_tokens(held_out)) as update:
             alignment = judge_maps(models, built, held_out, update)
+    phases.say(f"alignment: {summarize(alignment)}")
     return built.maps, alignment
 
 
@@ -570,12 +571,21 @@ def diagnose(
 
     Arguments are those of :func:`pkt_fast.transfer`.  Attributes and pairs layers, builds the maps,
     and returns one :class:`Alignment` a paired target layer.  No weight changes.
+
+    Raises:
+        ConfigError: the objective aligns nothing.
+        PktFastError: every refusal of a transfer before its training.
     """
     from .critical import attributed_pairs  # they build on this module
     from .inputs import TransferInputs
     from .transfer import computing_as
 
     settings = TransferConfig.make(config, preset, **overrides)
+    if settings.objective not in ALIGNED_OBJECTIVES:
+        raise ConfigError(
+            f"objective={settings.objective!r} aligns nothing that could be judged: choose one of "
+            + ", ".join(ALIGNED_OBJECTIVES)
+        )
     with computing_as(settings), lent(src, tgt, source_base, kept=None):
         inputs = TransferInputs.load(
             src, tgt, data, tokenizer, settings, progress=progress, source_base=source_base

@@ -36,6 +36,16 @@ class Phases:
     clock: Clock = field(default_factory=Clock)
     console: Console = field(default_factory=lambda: Console(stderr=True))
 
+    @property
+    def shown(self) -> bool:
+        """Whether anything appears."""
+        return self.visible and self.console.is_terminal
+
+    def say(self, line: str) -> None:
+        """Show a line between the bars."""
+        if self.shown:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Update]:
         """Time a phase of ``total`` tokens or steps; the yielded call advances it and sets a
@@ -49,10 +59,9 @@ class Phases:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        shown = self.visible and self.console.is_terminal
         with (
             self.clock.phase(name),
-            Progress(*columns, console=self.console, disable=not shown) as bar,
+            Progress(*columns, console=self.console, disable=not self.shown) as bar,
         ):
             task = bar.add_task(name, total=total, note="")
 

@@ -49,7 +49,7 @@ class Clock:
         self.tokens[name] = self.tokens.get(name, 0) + tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """Seconds, tokens and tokens a second by phase."""
+        """Seconds by phase; tokens and tokens a second of phases that saw any."""
         return {
             name: {"seconds": round(seconds, 4)}
             | (
@@ -57,7 +57,7 @@ class Clock:
                     "tokens": self.tokens[name],
                     "tokens_per_second": round(self.tokens[name] / seconds, 1),
                 }
-                if name in self.tokens and seconds > 0
+                if self.tokens.get(name) and seconds > 0
                 else {}
             )
             for name, seconds in self.seconds.items()

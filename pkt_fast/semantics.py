@@ -172,7 +172,7 @@ class SemanticBasis:
 
 @dataclass(frozen=True, eq=False)
 class SemanticMap:
-    """A linear map M from the source's latent space to the target's.
+    """A linear map M from the source's latent space to the target's; called, it maps rows.
 
     Attributes:
         matrix: M (D_tgt, D_src).

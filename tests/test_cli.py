@@ -248,6 +248,21 @@ def test_analyze_writes_numbers_and_tables(made, tmp_path, capsys):
     assert "| layer |" in (out / "analysis.md").read_text()
 
 
+def test_diagnose_prints_what_a_transfer_would_report(made, capsys):
+    argv = ["diagnose", "--source", made["source"], "--target", made["target"]]
+    settings = ["--data", made["data"], "--layers", "0,1", "--recompose", "dual"]
+    assert main([*argv, *settings, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [layer["target"] for layer in found] == [0, 1]
+    assert all(layer["round_trip"] == pytest.approx(1, abs=1e-5) for layer in found)
+    assert main([*argv, *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "round trip" in shown
+    assert f"{found[0]['cosine']:.3f}" in shown
+    assert main([*argv, "--data", made["data"], "--method", "sft"]) == 2
+    assert "aligns nothing" in capsys.readouterr().err
+
+
 def test_info_names_who_serves_every_op(capsys):
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,10 +1,12 @@
 """Fitted, lens and coefficient maps, the transferred change, and the figures that judge them."""
 
+import io
 import json
 
 import pytest
 import torch
 from models import tiny_model
+from rich.console import Console
 from toy_pairs import TOKENIZER, rows, sized_model, sums
 
 import pkt_fast
@@ -25,6 +27,7 @@ from pkt_fast.maps import (
 )
 from pkt_fast.pairing import source_for
 from pkt_fast.phases import AlignedPositions
+from pkt_fast.progress import Phases
 from pkt_fast.vocabulary import SharedVocabulary, match_vocabularies
 
 ROWS = sums(6, 4)
@@ -474,6 +477,34 @@ def test_diagnose_says_what_the_report_will_say():
     result = transfer(source, target, **options)
     assert [a.as_dict() for a in alignments] == result.report["alignment"]
     assert summarize(alignments) == result.report["summary"]["alignment"]
+
+
+def test_a_shown_transfer_prints_the_alignment_before_it_trains(monkeypatch):
+    shown = []
+
+    def said(phases, line):
+        shown.append((line, list(phases.clock.seconds)))
+
+    monkeypatch.setattr(Phases, "say", said)
+    result = transfer(*pair(), recompose="dual", layers=[0, 2])
+    ((line, phases),) = shown
+    assert line == f"alignment: {result.report['summary']['alignment']}"
+    assert phases[-1] == "judge map"
+    assert "steer" not in phases
+
+
+@pytest.mark.parametrize("visible", [True, False])
+def test_a_line_is_said_where_bars_are(visible):
+    out = io.StringIO()
+    Phases(visible, console=Console(file=out, force_terminal=True, width=40)).say("R² [0.5] " * 9)
+    assert out.getvalue() == ("R² [0.5] " * 9 + "\n" if visible else "")
+    Phases(True, console=Console(file=out, force_terminal=False)).say("to a file")
+    assert "to a file" not in out.getvalue()
+
+
+def test_diagnose_refuses_objectives_that_align_nothing():
+    with pytest.raises(ConfigError, match="objective='none' aligns nothing"):
+        diagnose("nowhere", "nowhere", ROWS, method="kd")
 
 
 def test_many_layers_are_summarised_by_their_range():

@@ -221,6 +221,7 @@ def test_the_source_pass_leaves_out_what_attribution_saw(attribution_examples, i
     shared = transfer(*pair(), config=config)
     assert any(len(pair.source) == 2 for pair in shared.pairs)
     passed = shared.report["phases"]["source pass"].get("tokens", 0)
+    assert ("tokens_per_second" in shared.report["phases"]["source pass"]) == (passed > 0)
     lengths = encode(ROWS, TOKENIZER).lengths
     assert passed == sum(lengths[attribution_examples:])
     alone = transfer(*pair(), config=config, store_budget_gb=1e-9)
