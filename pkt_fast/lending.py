@@ -29,9 +29,12 @@ _DICTS = (
 
 @dataclass(frozen=True, eq=False)
 class _State:
-    """Everything about a model but its weights: flags, hooks, submodules, compiled calls."""
+    """Everything about a model but its weights: flags, hooks, submodules, compiled calls, and
+    where it is.
+    """
 
     model: nn.Module
+    device: torch.device | None
     modules: list[tuple[nn.Module, dict[str, Any]]]
     requires_grad: list[tuple[nn.Parameter, bool]]
     peft_config: Any
@@ -40,6 +43,7 @@ class _State:
     def of(cls, model: nn.Module) -> _State:
         return cls(
             model,
+            device_of(model),
             [
                 (
                     module,
@@ -65,11 +69,20 @@ class _State:
                 parameter.requires_grad_(flag)
         if self.peft_config is _MISSING:
             self.model.__dict__.pop("peft_config", None)
+        if self.device is not None and self.device != device_of(self.model):
+            self.model.to(self.device)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the weights of ``model`` are; None for one without weights, or on several devices."""
+    devices = {parameter.device for parameter in model.parameters()}
+    return devices.pop() if len(devices) == 1 else None
 
 
 @contextlib.contextmanager
 def lent(*models: Any, kept: Any) -> Iterator[None]:
-    """Use ``models`` and ``kept`` eagerly inside; put every model among them back afterwards.
+    """Use ``models`` and ``kept`` eagerly inside; put every model among them back afterwards, on
+    the device it was on.
 
     ``kept`` keeps what was done to it, unless the block ends in an error.  Anything that is not a
     module (a path, None) is passed over.  A model that ``torch.compile`` wraps runs as it was

@@ -103,8 +103,8 @@ def transfer(
     Args:
         src: source model, a hub id or a path.
         tgt: target model, a hub id or a path.  A model given as an object is wrapped in place: its
-            LoRA sits in ``result.model``, its own weights do not change, and after an error it is
-            as it was.  It must not carry an adapter already.
+            LoRA sits in ``result.model``, on the device that trained it; its own weights do not
+            change, and after an error it is as it was.  It must not carry an adapter already.
         data: JSONL path, list of rows, or datasets.Dataset; rows are {"messages"}, {"prompt",
             "completion"} or {"text"}.  None takes a small bundled set.
         tokenizer: one for both models, or a pair (source, target); None loads them from the models'

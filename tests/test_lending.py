@@ -1,5 +1,6 @@
 """Models given as objects come back as they were; what cannot be used is refused in one line."""
 
+import contextlib
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from models import tiny_model, token_batch
 from peft import LoraConfig, get_peft_model
 
 import pkt_fast
+from pkt_fast import lending
 from pkt_fast.anatomy import Anatomy
 from pkt_fast.errors import ConfigError, ModelError, NumericsError
 from pkt_fast.lending import lent
@@ -210,3 +212,25 @@ def test_another_thread_cannot_use_a_lent_model():
 def test_what_is_no_tokenizer_is_refused():
     with pytest.raises(ConfigError, match="tokenizer=3 of the source"):
         pkt_fast.transfer(model(1), model(2), ROWS, tokenizer=3, progress=False)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_models_come_back_to_the_device_they_were_on(fails, monkeypatch):
+    """The target of a transfer stays where it was trained, unless that failed."""
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    source, target = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    where = {source: gpu, target: cpu}
+    monkeypatch.setattr(lending, "device_of", where.get)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: where.update({self: device}))
+    with contextlib.suppress(KeyError), lent(source, kept=target):
+        where.update({source: cpu, target: gpu})
+        if fails:
+            raise KeyError
+    assert where == {source: gpu, target: cpu if fails else gpu}
+
+
+def test_device_of_a_model_in_one_place():
+    assert lending.device_of(torch.nn.Linear(2, 2)) == torch.device("cpu")
+    spread = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    assert lending.device_of(spread) is None
+    assert lending.device_of(torch.nn.ReLU()) is None
