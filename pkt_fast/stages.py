@@ -17,7 +17,7 @@ from .anatomy import Anatomy
 from .config import TransferConfig
 from .errors import ConfigError
 from .inputs import TransferInputs
-from .methods import DeltaMaker, MethodInputs, delta_maker
+from .methods import DeltaMaker, MethodInputs, maker_of
 from .objectives import FrozenHead, needs_target_head, training_terms
 from .pairing import LayerPair
 from .phases import INPUT, layer_column, longest_first, run_prefix
@@ -79,8 +79,10 @@ def make_delta_maker(inputs: TransferInputs, pairs: Sequence[LayerPair]) -> Delt
     )
     if inputs.config.solver == "ridge":
         return RidgeMaker(given)
-    with inputs.phases.phase("prepare delta", 1):
-        return delta_maker(inputs.config.method, given)
+    maker = maker_of(inputs.config.method)
+    runs = [inputs.source, inputs.target] if maker.runs_target else [inputs.source]
+    with inputs.phases.phase("prepare delta", 1), inputs.visiting(*runs):
+        return maker(given)
 
 
 def steer(

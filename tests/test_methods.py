@@ -1,6 +1,8 @@
 """The other published methods: what each computes, and that all of them ship the same adapter."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +11,15 @@ from torch.nn import functional as F
 from toy_pairs import TOKENIZER, sized_model, sums
 
 import pkt_fast
-from pkt_fast import TransferConfig
+from pkt_fast import TransferConfig, stages
 from pkt_fast.anatomy import Anatomy
 from pkt_fast.config import METHOD_SETTINGS, METHODS
 from pkt_fast.data import collate, encode
 from pkt_fast.errors import ConfigError, DataError, ModelError, NumericsError
-from pkt_fast.methods import laten, seeking
+from pkt_fast.methods import laten, maker_of, seeking
 from pkt_fast.methods.delta_maker import low_rank
 from pkt_fast.objectives import Rows, hidden_term, learned_projection
+from pkt_fast.progress import Phases
 
 ROWS = sums(4, 4)
 QUICK = {"epochs": 2, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 3e-3}
@@ -405,3 +408,34 @@ def test_laten_refuses_what_it_cannot_read():
         transfer(*pair("gpt2"), method="laten", target_modules="c_attn")
     with pytest.raises(ConfigError, match="holds neurons"):
         transfer(*pair(), method="laten", target_modules="q_proj")
+
+
+@pytest.mark.parametrize(
+    ("method", "placed"), [("laten", ["source", "target"]), ("seeking", ["source"])]
+)
+def test_models_a_method_runs_are_on_the_device_meanwhile(method, placed, monkeypatch):
+    here = []
+
+    @contextlib.contextmanager
+    def visiting(*models):
+        here[:] = models
+        yield
+        here.clear()
+
+    def made(given):
+        assert here == placed
+        return "maker"
+
+    monkeypatch.setattr(stages, "maker_of", lambda name: mark(maker_of(name), made))
+    inputs = SimpleNamespace(
+        config=TransferConfig(method=method), source="source", target="target",
+        aligned=SimpleNamespace(examples=[]), examples=[], pad_token_ids=(0, 0),
+        phases=Phases(False), visiting=visiting,
+    )  # fmt: skip
+    assert stages.make_delta_maker(inputs, []) == "maker"
+
+
+def mark(maker, call):
+    """``call`` with the class attributes of ``maker``."""
+    call.runs_target = maker.runs_target
+    return call

@@ -9,11 +9,11 @@ from .delta_maker import DeltaMaker, LoraMaker, MethodInputs
 from .laten import LatenMaker
 from .seeking import SeekingMaker
 
-__all__ = ["DeltaMaker", "LatenMaker", "LoraMaker", "MethodInputs", "SeekingMaker", "delta_maker"]
+__all__ = ["DeltaMaker", "LatenMaker", "LoraMaker", "MethodInputs", "SeekingMaker", "maker_of"]
 
 _MAKERS: dict[str, type[DeltaMaker]] = {"seeking": SeekingMaker, "laten": LatenMaker}
 
 
-def delta_maker(method: str, inputs: MethodInputs) -> DeltaMaker:
-    """The maker of ``method``'s delta; it reads what it needs of the source's weights now."""
-    return _MAKERS.get(method, LoraMaker)(inputs)
+def maker_of(method: str) -> type[DeltaMaker]:
+    """What makes the delta of ``method``; made, it has read what it needs of the source."""
+    return _MAKERS.get(method, LoraMaker)

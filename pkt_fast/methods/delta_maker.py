@@ -49,7 +49,13 @@ def _batches(examples: Examples, size: int, pad_token_id: int) -> Iterator[Batch
 
 
 class DeltaMaker:
-    """Attach something trainable to the target, name its parameters, make it a LoRA adapter."""
+    """Attach something trainable to the target, name its parameters, make it a LoRA adapter.
+
+    Attributes:
+        runs_target: whether making one runs the target, which then has to be on the device.
+    """
+
+    runs_target = False
 
     def __init__(self, inputs: MethodInputs) -> None:
         self.config = inputs.config

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -220,10 +220,13 @@ class _Change:
     def matrix(self, mapped: Tensor) -> Tensor:
         """ΔW (out, in) with the mapped vectors (n, D_tgt) in their places."""
         delta = mapped.new_zeros(self.shape)
-        index = self.places.to(mapped.device)
         if self.side.columns:
-            return delta.index_copy(1, index, mapped.T)
-        return delta.index_copy(0, index, mapped)
+            return delta.index_copy(1, self.places, mapped.T)
+        return delta.index_copy(0, self.places, mapped)
+
+    def to(self, device: torch.device) -> _Change:
+        """The same change with its tensors on ``device``."""
+        return replace(self, vectors=self.vectors.to(device), places=self.places.to(device))
 
 
 # --------------------------------------------------------------------------- the method
@@ -231,6 +234,8 @@ class _Change:
 
 class LatenMaker(DeltaMaker):
     """A hypernetwork for each kind of matrix, trained through the weights it makes."""
+
+    runs_target = True
 
     def __init__(self, inputs: MethodInputs) -> None:
         super().__init__(inputs)
@@ -263,6 +268,7 @@ class LatenMaker(DeltaMaker):
         device = Anatomy.of(target).head.weight.device
         for network in self.networks.values():
             network.to(device)
+        self.changes = {path: change.to(device) for path, change in self.changes.items()}
         self.handles = [
             target.get_submodule(path).register_forward_hook(self._injected(change))
             for path, change in self.changes.items()
@@ -271,13 +277,12 @@ class LatenMaker(DeltaMaker):
 
     def _injected(self, change: _Change) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            delta = self._delta(change, args[0].device)
-            return output + F.linear(args[0], delta.to(args[0].dtype))
+            return output + F.linear(args[0], self._delta(change).to(args[0].dtype))
 
         return hook
 
-    def _delta(self, change: _Change, device: torch.device) -> Tensor:
-        return change.matrix(self.networks[change.side.path](change.vectors.to(device)))
+    def _delta(self, change: _Change) -> Tensor:
+        return change.matrix(self.networks[change.side.path](change.vectors))
 
     def parameters(self, model: nn.Module, layers: Sequence[int]) -> list[nn.Parameter]:
         return [p for network in self.networks.values() for p in network.parameters()]
@@ -289,9 +294,8 @@ class LatenMaker(DeltaMaker):
             handle.remove()
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         lost, total = 0.0, 0.0
-        device = Anatomy.of(model).head.weight.device
         for path, change in self.changes.items():
-            delta = self._delta(change, device).double()
+            delta = self._delta(change).double()
             up, down = low_rank(delta, self.config.rank)
             factors[path] = (up, down)
             lost += float((delta - up @ down).square().sum())
