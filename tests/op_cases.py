@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +27,27 @@ def accumulator_eps(dtype: torch.dtype) -> float:
 def poison(*shape: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """An output in which every element that is not written shows."""
     return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+
+def far_apart(count: int, width: int, stride: int, device: torch.device | str = "cpu") -> Tensor:
+    """float16 rows that span more than 2³¹ elements; the pages between them are never touched."""
+    assert (count - 1) * stride > 2**31
+    with unfilled():
+        memory = torch.empty((count - 1) * stride + width, dtype=torch.float16, device=device)
+    spread = memory.as_strided((count, width), (stride, 1))
+    spread.copy_(torch.randn(count, width))
+    return spread
+
+
+@contextlib.contextmanager
+def unfilled() -> Iterator[None]:
+    """Fresh memory keeps what it holds, also where a test has it filled with NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(nan_in_fresh_memory):
     torch.manual_seed(0)
 
 

@@ -14,6 +14,7 @@ from pkt_fast.ops import _gemm
 from pkt_fast.ops._blocks import times, times_transpose, upper_times
 
 pytest.importorskip("pkt_fast._native")
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (14, 256, 32), (15, 257, 33), (300, 700, 129), (7, 3000, 5), (61, 40, 2083)]

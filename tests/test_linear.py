@@ -16,6 +16,7 @@ from pkt_fast.ops import _gemm, linear
 from pkt_fast.ops.linear import own_products
 
 pytest.importorskip("pkt_fast._native")
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 
 @pytest.fixture(autouse=True)

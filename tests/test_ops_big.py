@@ -27,7 +27,7 @@ KINDS = ["forward", "reverse", "jsd"]
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded(nan_in_fresh_memory):
     torch.manual_seed(0)
 
 

@@ -18,6 +18,7 @@ from op_cases import (
     accumulator_eps,
     capture,
     eps,
+    far_apart,
     injection,
     normal,
     pair,
@@ -30,6 +31,8 @@ from pkt_fast.ops import _registry
 from pkt_fast.ops._native import accumulator
 from pkt_fast.ops.inject import philox_words, round_stochastically
 from pkt_fast.ops.row_cosine import row_cosine_gradient
+
+pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 BACKENDS = ("reference", "native")
 
@@ -47,6 +50,12 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def test_memory_that_no_op_has_written_shows():
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(2).new_empty(3, dtype=torch.bfloat16).isnan().all()
+    assert (torch.empty(3, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
 
 
 # --------------------------------------------------------------------------- capture_rows
@@ -279,6 +288,15 @@ def test_grad_x_act_strides_and_nothing(backend):
             assert torch.equal(got, torch.zeros(shape[0]))
 
 
+def test_grad_x_act_offsets_beyond_32_bits(backend):
+    near = torch.randn(2, 2, 40, generator=torch.Generator().manual_seed(3)).half()
+    far = far_apart(4, 40, 1 << 30).view(2, 2, 40)
+    for x, y in ((far, near), (near, far), (far.view(1, 4, 40), near.view(1, 4, 40))):
+        expected = reference.gradient_times_activation(x.double(), y.double())
+        for got, want in zip(ops.grad_x_act(x, y), expected, strict=True):
+            assert (got - want).abs().max() < 1e-4
+
+
 def test_grad_x_act_beyond_float32(backend):
     """Products of 1e60 and 1e-60 cancel or vanish; nothing becomes NaN."""
     big = torch.tensor([[[1e30, -1e30, 1e-30, 2.0]]])
@@ -494,6 +512,31 @@ def test_inject_into_slices(backend):
         assert torch.equal(whole, before)
         assert bool(kept[10:].isnan().all())
         assert bool(kept[:, 77:].isnan().all())
+
+
+def test_inject_offsets_beyond_32_bits(backend):
+    """Rows of the weight, of its copy and of both factors, whichever way the weight is stored."""
+    stride = 1 << 30
+    for transposed in (False, True):
+        weight, kept, b = (far_apart(4, width, stride) for width in (40, 40, 3))
+        a = far_apart(3, 40, (1 << 30) + 64)
+        factors = (b.T, a.T) if transposed else (a, b)
+        before = weight.clone()
+        ops.inject_([weight], [factors[0]], [factors[1]], [0.5], [transposed], [kept])
+        exact = reference.inject(before.double(), a.double(), b.double(), 0.5)
+        assert (weight - exact).abs().max() < 16 * eps(weight.dtype)
+        assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("far", ["weight", "lora_a", "lora_b", "backup"])
+def test_triton_leaves_offsets_beyond_32_bits_within_a_tile_to_others(far):
+    takes = importlib.import_module("pkt_fast.ops.inject")._triton_takes
+    shapes = {"weight": (4, 40), "lora_a": (4, 40), "lora_b": (4, 4), "backup": (4, 40)}
+    given = {name: torch.zeros(shape).half() for name, shape in shapes.items()}
+    for allowed in (True, False):
+        weight, a, b, kept = ([x] for x in given.values())
+        assert takes(weight, a, b, [0.5], [False], kept, None) == allowed
+        given[far] = far_apart(*shapes[far], 1 << 30)
 
 
 def test_inject_empty(backend):

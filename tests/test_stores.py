@@ -8,7 +8,9 @@ import threading
 import pytest
 import torch
 from safetensors.torch import load_file
+from toy_pairs import TOKENIZER, sized_model, sums
 
+import pkt_fast
 from pkt_fast import stores
 from pkt_fast.errors import OutputError, StoreError
 from pkt_fast.ops import backend
@@ -252,3 +254,49 @@ def test_memory_is_pinned_where_a_kernel_writes_to_it(preference, problem, pinne
         place = StorePlace.of("memory", 1.0, torch.device("cuda"))
         assert StorePlace.of("memory", 1.0, torch.device("cpu")).pinned_bytes == 0
     assert (place.pinned_bytes > 0) is pinned
+
+
+# --------------------------------------------------------------------------- every way to transfer
+
+ROWS = sums(3, 3)
+WAYS = [
+    {"objective": "relation", "interface": "contribution", "output_loss": "kl",
+     "schedule": "frontier", "layers": [1, 2], "recompose": "dual"},
+    {"objective": "fisher", "output_loss": "kl", "recompose": "dual"},
+    {"objective": "squared", "interface": "block", "output_loss": "logit_cosine",
+     "recompose": "fitted"},
+    {"objective": "squared", "interface": "block", "output_loss": "none", "recompose": "lens"},
+    {"recompose": "softmax", "interface": "attention"},
+    {"recompose": "top_k", "top_k": 20},
+    {"recompose": "dual", "source_base": True},
+    {"method": "sft"},
+    {"method": "kd", "kl_kind": "jsd"},
+    {"method": "hidden_kd"},
+    {"method": "seeking"},
+    {"method": "laten"},
+    {"solver": "ridge"},
+    {"warm_start": True},
+    {"preset": "best", "min_rows": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(map(str, way.values())))
+def test_every_way_gives_the_same_adapter_with_a_directory(way, tmp_path):
+    def run(store):
+        options = {"layers": [1], "steps": 2, **way}
+        if way.get("source_base"):
+            options["source_base"] = sized_model("llama", 3, 24, 4)
+        return pkt_fast.transfer(
+            sized_model("llama", 1, 24, 4), sized_model("llama", 2, 16, 3), ROWS,
+            tokenizer=TOKENIZER, batch_size=9, learning_rate=3e-3, store=store, progress=False,
+            **options,
+        )  # fmt: skip
+
+    memory, written, reused = run("memory"), run(tmp_path), run(tmp_path)
+    for name, change in memory.delta.changes.items():
+        assert change.matrix().any()
+        for other in (written, reused):
+            assert torch.equal(change.matrix(), other.delta.changes[name].matrix()), name
+    passes = {"source pass", "target pass"}
+    assert passes & set(written.report["phases"]) == passes & set(memory.report["phases"])
+    assert not passes & set(reused.report["phases"])

@@ -6,9 +6,11 @@ import toy_tokenizers
 from models import tiny_model
 
 import pkt_fast
+from pkt_fast import reference
 from pkt_fast.data import IGNORE_INDEX, encode
 from pkt_fast.errors import DataError
 from pkt_fast.text_alignment import answering_positions, retokenized
+from pkt_fast.vocabulary import match_vocabularies
 
 ROWS = [
     {"prompt": "Question: how many apples are 3 and 14? ", "completion": "There are 17 apples."},
@@ -89,6 +91,54 @@ def test_a_transfer_between_families():
     assert 0 < shared < min(len(source_tokenizer), len(target_tokenizer))
     assert result.history[-1]["layer_loss"] < result.history[0]["layer_loss"]
     assert all(torch.isfinite(c.up).all() for c in result.delta.changes.values())
+
+
+def test_the_losses_between_families_are_those_written_out():
+    """KL over the shared rows of both heads, and the dual map through the shared tokens' vectors, at
+    positions that have read the same text.
+    """
+    tokenizers = toy_tokenizers.metaspace(), toy_tokenizers.byte_level()
+
+    def models():
+        source = tiny_model("gpt_neox", seed=1, vocab_size=len(tokenizers[0]), hidden_size=48)
+        return source, tiny_model("llama", seed=2, vocab_size=len(tokenizers[1]))
+
+    result = pkt_fast.transfer(
+        *models(), ROWS, tokenizer=tokenizers, layers=[1], steps=1, batch_size=len(ROWS),
+        output_loss="kl", recompose="dual", progress=False,
+    )  # fmt: skip
+    source, target = models()
+    shared = match_vocabularies(*map(len, tokenizers), *tokenizers)
+    source_basis, target_basis = (
+        reference.semantic_basis(model.get_output_embeddings().weight.detach())[rows]
+        for model, rows in ((source, shared.source), (target, shared.target))
+    )
+    dual = torch.linalg.pinv(target_basis) @ source_basis
+    (pair,) = result.pairs
+    taps = [
+        reference.layer_taps(source, pair.source, "mlp"),
+        reference.layer_taps(target, [pair.target], "mlp"),
+    ]
+    examples = encode(ROWS, tokenizers[1])
+    layer, output = [], []
+    for example, other in zip(examples, retokenized(examples, tokenizers[0]), strict=True):
+        at = answering_positions(example, other)
+        wanted = [t for t, label in enumerate(example.labels[1:]) if label != IGNORE_INDEX]
+        with torch.no_grad():
+            (seen, theirs), (own, ours) = (
+                reference.read_layers(model, tap, {"input_ids": torch.tensor([ids])})
+                for model, tap, ids in zip(
+                    (source, target), taps, (other.input_ids, example.input_ids), strict=True
+                )
+            )
+            hidden = reference.interpolate([seen[i][0, at] for i in pair.source], pair.weight)
+            layer.append(1 - reference.row_cosine(own[pair.target][0, wanted], hidden @ dual.T))
+            theirs, ours = theirs[0, at][:, shared.source], ours[0, wanted][:, shared.target]
+            output.append(reference.divergence(theirs, ours, "forward"))
+    assert len(shared) < min(map(len, tokenizers))
+    losses = result.history[0]
+    assert losses["layer_loss"] == pytest.approx(float(torch.cat(layer).mean()), abs=1e-5)
+    assert losses["output_loss"] == pytest.approx(float(torch.cat(output).mean()), abs=1e-5)
 
 
 def test_attributed_rows_answer_across_tokenizers():

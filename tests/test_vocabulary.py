@@ -59,6 +59,22 @@ def test_too_little_in_common_is_refused():
         match_vocabularies(1000, 1000, a, b)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "needed"), [(1000, 256), (6000, 300), (100, 50), (1, 1)], ids=str
+)
+def test_the_least_that_has_to_be_shared(tokens, needed):
+    """256 tokens, 5 % of the smaller vocabulary where that is more, half of one that is small."""
+    one = FakeTokenizer({f"a{i}": i for i in range(tokens)})
+
+    def sharing(shared):
+        others = {f"b{i}": i for i in range(2 * tokens)}
+        return FakeTokenizer(others | {f"a{i}": 2 * tokens + i for i in range(shared)})
+
+    assert len(match_vocabularies(tokens, 3 * tokens, one, sharing(needed))) == needed
+    with pytest.raises(VocabularyError, match=f"share {needed - 1} tokens .* at least {needed}:"):
+        match_vocabularies(tokens, 3 * tokens, one, sharing(needed - 1))
+
+
 def test_without_tokenizers_the_heads_must_be_alike():
     assert len(match_vocabularies(50, 50)) == 50
     with pytest.raises(VocabularyError, match="50 and 51"):

@@ -332,11 +332,21 @@ if (_cuda_inject := cuda_kernel("inject_cuda")) is not None:
 
 
 def _triton_takes(weights: Sequence[Tensor], *rest: Any) -> bool:
-    """Up to 32 bits wide, rows of weights and backups contiguous."""
+    """Up to 32 bits wide, rows of weights and backups contiguous; offsets inside a tile of 64 rows
+    of a weight, and inside a factor, have 32 bits.
+    """
     lora_a, lora_b, _, _, backups, _ = rest
-    return all(x.dtype != torch.float64 for x in (*weights, *lora_a, *lora_b)) and all(
-        map(has_contiguous_rows, (*weights, *backups))
+    return (
+        all(x.dtype != torch.float64 for x in (*weights, *lora_a, *lora_b))
+        and all(map(has_contiguous_rows, (*weights, *backups)))
+        and all(x.stride(0) < 2**25 for x in (*weights, *backups))
+        and all(_span(x) < 2**31 for x in (*lora_a, *lora_b))
     )
+
+
+def _span(x: Tensor) -> int:
+    """Elements between the first and the last of ``x``."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 triton_implementation("inject_", "inject", supports=_triton_takes)

@@ -38,5 +38,5 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(nan_in_fresh_memory: None) -> None:
     torch.manual_seed(0)

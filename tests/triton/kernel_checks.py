@@ -44,15 +44,6 @@ def poison(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
 
-def far_apart(count: int, width: int, stride: int, device: torch.device) -> Tensor:
-    """float16 rows that span more than 2³¹ elements; the pages between them are never touched."""
-    assert (count - 1) * stride > 2**31
-    memory = torch.empty((count - 1) * stride + width, dtype=torch.float16, device=device)
-    spread = memory.as_strided((count, width), (stride, 1))
-    spread.copy_(torch.randn(count, width))
-    return spread
-
-
 def assert_close(
     actual: Tensor, expected: Tensor, limit: float, scale: Tensor | float = 1.0
 ) -> None:

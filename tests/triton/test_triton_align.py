@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, assert_close, bound, extreme_rows, far_apart, rows
+from kernel_checks import DTYPES, assert_close, bound, extreme_rows, rows
+from op_cases import far_apart
 
 from pkt_fast import reference
 

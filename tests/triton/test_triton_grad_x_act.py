@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_checks import DTYPES, bound
+from op_cases import far_apart
 
 from pkt_fast import reference
 
@@ -29,6 +30,13 @@ def test_strides(device):
     gradient = torch.randn(4, 9, 33, device=device)
     check(gradient[1:, 2:], gradient.flip(0)[:3, 1:8])
     check(gradient[:, :, 3:20], gradient.transpose(0, 1).contiguous().transpose(0, 1)[:, :, :17])
+
+
+def test_offsets_beyond_32_bits(device):
+    near = torch.randn(2, 2, 40, device=device).half()
+    far = far_apart(4, 40, 1 << 30, device).view(2, 2, 40)
+    check(far, near)
+    check(near, far)
 
 
 def test_mixed_dtypes(device):

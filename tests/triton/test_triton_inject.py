@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from kernel_checks import DTYPES, assert_close, bound, poison
+from op_cases import far_apart
 
 from pkt_fast import reference
 from pkt_fast.ops.inject import philox_words, round_stochastically
@@ -137,6 +138,17 @@ def test_row_strides_leave_the_gap_alone(device):
     assert_close(weight, expected, bound(torch.float32, 4), scale=16.0)
     assert wide[:, :4].isnan().all()
     assert wide[:, 37:].isnan().all()
+
+
+def test_offsets_beyond_32_bits(device):
+    """Rows of the weight, of its copy and of the factor beside them."""
+    weight, kept, b = (far_apart(300, n, (1 << 23) - 16, device) for n in (40, 40, 3))
+    a = torch.randn(3, 40, device=device).half()
+    old = weight.clone()
+    kernel.inject_([weight], [a], [b], [0.5], [False], [kept], None)
+    expected = reference.inject(old.double(), a.double(), b.double(), 0.5)
+    assert_close(weight, expected, bound(weight.dtype, 3), scale=16.0)
+    assert torch.equal(kept, old)
 
 
 def test_empty(device):
