@@ -183,11 +183,36 @@ def _checked_name(model: Any, role: str) -> str:
     name = str(model)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if not looks_local:
+        if not Path(name).is_dir():
+            _check_reachable(name, role)
         return name
     path = local(name)
     if not path.is_dir():
         raise ModelError(f"the {role} {name} does not exist; give a model directory or a hub id")
     return str(path)
+
+
+def _check_reachable(name: str, role: str) -> None:
+    """Raise :class:`ModelError` where a hub id is not in the cache and there is no connection.
+
+    Asked once: Transformers tries again for over a minute.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+
+    try:
+        folder = repo_folder_name(repo_id=name, repo_type="model")
+        if (Path(constants.HF_HUB_CACHE) / folder / "snapshots").is_dir():
+            return
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except (HfHubHTTPError, HFValidationError):  # for Transformers to say
+        return
+    except Exception as error:  # of whichever library makes the connection
+        raise ModelError(
+            f"the {role} {name} is no directory here, and the hub cannot be reached "
+            f"({_first_line(error)}): give a path, or connect"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

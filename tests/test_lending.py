@@ -156,6 +156,22 @@ def test_what_is_neither_a_model_nor_a_name(given):
         load_model(given)
 
 
+def test_a_hub_id_without_a_connection_is_refused_at_once(tmp_path, monkeypatch):
+    def unreachable(url):
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda name, **_: pytest.fail(f"loads {name}")
+    )
+    with pytest.raises(ModelError, match=r"the hub cannot be reached \(no route\)"):
+        load_model("org/name")
+    (tmp_path / "models--org--cached" / "snapshots").mkdir(parents=True)
+    with pytest.raises(pytest.fail.Exception, match="loads org/cached"):
+        load_model("org/cached")
+
+
 def test_a_path_may_start_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     model(1).save_pretrained(tmp_path / "mine")
