@@ -4,6 +4,8 @@
     python benchmarks/methods.py --pairs PAIRS --setting sliced-32 --methods sft,kd,paper
     python benchmarks/methods.py --summary
 
+Every setting has a JSON file; both commands write the tables of all to methods.md beside them.
+
 Settings are named PAIR-ROWS, with "-source" behind when the source writes the replies.  PAIR is
 "independent" (the bundled target) or "sliced" (a target cut from the source before it learnt the
 rows' task); the source is the bundled one.  "problems" is the bundled pair on problems that source
@@ -35,11 +37,12 @@ def main() -> None:
     parser.add_argument("--methods", help="names of recipes, with commas")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--budget", type=int, default=4)
-    parser.add_argument("--summary", action="store_true", help="print the kept results")
+    parser.add_argument(
+        "--summary", action="store_true", help="print the kept results and write methods.md"
+    )
     args = parser.parse_args()
     if args.summary:
-        for path in sorted(RESULTS.glob("methods_*.json")):
-            print(f"{path.stem.removeprefix('methods_')}\n\n{_summary(load_comparison(path))}")
+        print(write_page(RESULTS), end="")
         return
     if not (args.pairs and args.setting and args.methods):
         parser.error("give --pairs, --setting and --methods, or --summary")
@@ -51,7 +54,7 @@ def main() -> None:
         found = _measure(args.setting, args.pairs, wanted, args.seeds, args.budget)
         known = _merged(known, found)
         write_json(path, known.as_dict())
-        path.with_suffix(".md").write_text(known.markdown(), encoding="utf-8")
+        write_page(RESULTS)
     assert known is not None
     Console(width=220).print(known.table())
 
@@ -80,6 +83,22 @@ def _measure(setting: str, pairs: Path, methods: list[str], seeds: str, budget: 
         steps=STEPS,
         batch_size=BATCH_SIZE,
     )
+
+
+def write_page(folder: Path) -> str:
+    """Write methods.md: a table of every methods_*.json in ``folder``; returns its text."""
+    lines = [
+        "# Methods, measured",
+        "",
+        "Written by `python benchmarks/methods.py`; what the settings and columns are is in",
+        "[docs/methods.md](../../docs/methods.md).",
+    ]
+    for path in sorted(folder.glob("methods_*.json")):
+        name = path.stem.removeprefix("methods_")
+        lines += ["", f"## {name}", "", _summary(load_comparison(path)).rstrip()]
+    text = "\n".join(lines) + "\n"
+    (folder / "methods.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def _summary(comparison: Comparison, reference: str = "sft+kd") -> str:

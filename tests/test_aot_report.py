@@ -211,3 +211,29 @@ arch = sm_90
         ("sm_80", "one"): {"registers": 14, "spilled_bytes": 8, "shared_bytes": 0},
         ("sm_90", "one"): {"registers": 20, "spilled_bytes": 0, "shared_bytes": 32},
     }
+
+
+def test_cuda_kernels_have_bytes_operations_and_a_model_time():
+    def row(name: str) -> aot_report.Row:
+        work = aot_report.cuda_work(name)
+        bare = aot_report.Row(name, "sm_90", "nvcc", widest_load=16, widest_store=16, **work)
+        return aot_report.roofline(bare)
+
+    inject = row("pkt::cuda::inject_kernel")
+    assert inject.bound_by == "memory"
+    assert inject.model_us == pytest.approx(inject.bytes / 3.35e6)
+    capture = row("pkt::cuda::capture_kernel<__nv_bfloat16, float>")
+    assert (capture.bytes, capture.bus_bytes) == (2 * 4096**2, 4 * 4096**2)
+    assert capture.bound_by == "bus"
+    assert capture.model_us == pytest.approx(4 * 4096**2 / 0.064e6)
+    assert not inject.faults()
+    unknown = aot_report.Row("new_kernel", "sm_90", "nvcc", **aot_report.cuda_work("new_kernel"))
+    assert unknown.faults() == ["has no bytes and operations: add it to cuda_work"]
+
+
+def test_every_cuda_kernel_of_the_extension_is_counted():
+    extension = aot_report.native_extension()
+    rows = aot_report.nvcc_rows(extension, ["sm_90"]) if extension else []
+    if not rows:
+        pytest.skip("no CUDA kernels in this build")
+    assert all(row.model_us > 0 and row.bound_by for row in rows)

@@ -17,6 +17,7 @@ from benchmarks import (  # noqa: E402
     compare_results,
     end_to_end,
     harness,
+    methods,
     micro,
     record,
     run,
@@ -231,7 +232,7 @@ def test_targets_are_those_of_the_design():
     head = 4 * micro.SMALL.vocabulary * micro.SMALL.source
     assert basis.memory == {"memory ≤ 1.3x the head": 1.3 * head}
     inject = targets("inject")
-    assert list(inject.at_most)[0] == "copy of the weight"
+    assert next(iter(inject.at_most)) == "copy of the weight"
     assert inject.at_most["copy of the weight"] == 1.2
     assert "no temporary of the weight's size" in inject.memory
     assert targets("attribute a model").less_memory_than == ("Captum",)
@@ -405,3 +406,22 @@ def test_memory_of_a_directory_store_is_measured(tmp_path):
     assert seconds > 0
     assert grown >= 0
     assert (tmp_path / "store").is_dir()
+
+
+def test_the_page_of_methods_holds_every_result(tmp_path):
+    for name in ("independent-32", "problems-32"):
+        file = f"methods_{name}.json"
+        (tmp_path / file).write_bytes((methods.RESULTS / file).read_bytes())
+    page = methods.write_page(tmp_path)
+    assert (tmp_path / "methods.md").read_text(encoding="utf-8") == page
+    assert page.count("\n## ") == 2
+    found = json.loads((tmp_path / "methods_problems-32.json").read_text(encoding="utf-8"))
+    table = page.partition("## problems-32")[2]
+    assert all(f"| {method['name']} |" in table for method in found["methods"])
+
+
+def test_the_kept_page_of_methods_is_up_to_date(tmp_path):
+    for path in methods.RESULTS.glob("methods_*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    kept = (methods.RESULTS / "methods.md").read_text(encoding="utf-8")
+    assert methods.write_page(tmp_path) == kept
