@@ -30,12 +30,13 @@ Call = Callable[[], Any]
 SHORTEST_SAMPLE = 2e-3
 MOST_ROUNDS = 15
 LEAST_SAMPLES = 5
-"""Of our call and of every limit."""
+"""Of our call and of every limit that is not :data:`SLOW`."""
 
 LEAST_ROUNDS = 3
-"""Of every peer that takes less than :data:`SLOW_PEER` seconds; a slower one runs once."""
+"""The samples of every peer."""
 
-SLOW_PEER = 3.5
+SLOW = 3.5
+"""Seconds beyond which a call runs once."""
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = CLOCKS["wall"]
@@ -188,21 +189,20 @@ def samples_in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of every call, in turn, until ``seconds`` or ``rounds`` are spent.
 
-    ``first`` is what each call took before.  A peer that took longer than :data:`SLOW_PEER` is not
+    ``first`` is what each call took before.  One that took longer than :data:`SLOW` is not
     repeated: no warm-up matters to it.  The others have :data:`LEAST_ROUNDS` rounds at least, and
     in every round each call that is no peer has its turn as often as gives it
     :data:`LEAST_SAMPLES`.
     """
-    slow = {name for name, once in first.items() if name.startswith("peer") and once > SLOW_PEER}
-    samples = {name: [first[name]] if name in slow else [] for name in calls}
-    a_round = sum(first[name] for name in calls if name not in slow)
-    rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / a_round)))
-    turns = -(-LEAST_SAMPLES // rounds)
-    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / first[name])) for name in calls}
+    samples = {name: [once] if once > SLOW else [] for name, once in first.items()}
+    again = {name: call for name, call in calls.items() if not samples[name]}
+    a_round = sum(first[name] for name in again)
+    rounds = max(LEAST_ROUNDS, min(rounds, int(seconds / a_round))) if again else 0
+    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / first[name])) for name in again}
     for _ in range(rounds):
-        for turn in range(turns):
-            for name, call in calls.items():
-                if name not in slow and not (turn and name.startswith("peer")):
+        for turn in range(-(-LEAST_SAMPLES // rounds)):
+            for name, call in again.items():
+                if not (turn and name.startswith("peer")):
                     samples[name].append(seconds_of(call, repeats[name]))
     return samples
 

@@ -18,7 +18,7 @@ from benchmarks.harness import reason
 from pkt_fast._files import write_json
 from pkt_fast.errors import ConfigError, DataError, OutputError
 
-FORMAT = 2
+FORMAT = 3
 LISTS = ("rows", "scaling", "failures")
 IDENTITY = {
     "rows": ("name",), "scaling": ("curve", "name", "x"), "failures": ("part", "name"),
