@@ -117,9 +117,24 @@ def _restored(models: Sequence[nn.Module], kept: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def usual_defaults() -> Iterator[None]:
+    """Inside, new tensors are float32 and on the CPU, whatever the caller has for a default."""
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        yield
+
+
+@contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Inside, autograd records, wherever the caller stands (no_grad, inference_mode)."""
-    with torch.inference_mode(False), torch.enable_grad():
+    """Inside, autograd records, wherever the caller stands (no_grad, inference_mode), and tensors
+    are made as :func:`usual_defaults` has it.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), usual_defaults():
         yield
 
 

@@ -22,7 +22,7 @@ from .capture import Wanted
 from .config import ALIGNED_OBJECTIVES, TransferConfig
 from .errors import ConfigError, VocabularyError
 from .fitting import Affine, PairedMoments, fit_procrustes, fit_ridge
-from .lending import lent
+from .lending import lent, usual_defaults
 from .ops import align_rows, decompose
 from .pairing import LayerPair
 from .phases import HEAD, AlignedPositions, layer_column, longest_first, run_source
@@ -555,6 +555,7 @@ def map_layers(
     return built.maps, alignment
 
 
+@usual_defaults()
 def diagnose(
     src: nn.Module | str | os.PathLike[str],
     tgt: nn.Module | str | os.PathLike[str],

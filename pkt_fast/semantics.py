@@ -23,6 +23,7 @@ from ._files import atomic_file, local
 from .anatomy import Anatomy
 from .errors import ConfigError, DataError, NumericsError, VocabularyError
 from .heads import better_conditioned, gram_root, row_blocks, streamed_gram
+from .lending import usual_defaults
 from .ops import align_rows
 from .ops._gemm import add_product, product, serves
 from .vocabulary import SharedVocabulary, match_vocabularies
@@ -75,6 +76,7 @@ class SemanticBasis:
         return cls.from_weight(Anatomy.of(model).head.weight)
 
     @classmethod
+    @usual_defaults()
     @torch.no_grad()
     def from_weight(cls, weight: Tensor) -> SemanticBasis:
         """The basis of an LM head weight (V, D).  Raises :class:`NumericsError` if it is not
@@ -189,6 +191,7 @@ class SemanticMap:
     offset: Tensor | None = None
 
     @classmethod
+    @usual_defaults()
     @torch.no_grad()
     def between(
         cls,

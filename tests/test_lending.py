@@ -10,9 +10,11 @@ from models import tiny_model, token_batch
 from peft import LoraConfig, get_peft_model
 
 import pkt_fast
-from pkt_fast import lending
+from pkt_fast import SemanticBasis, SemanticMap, attribute, lending
 from pkt_fast.anatomy import Anatomy
+from pkt_fast.data import collate, encode
 from pkt_fast.errors import ConfigError, ModelError, NumericsError
+from pkt_fast.evaluation import evaluate
 from pkt_fast.lending import lent
 from pkt_fast.loading import load_model
 from pkt_fast.maps import diagnose
@@ -97,6 +99,40 @@ def test_gradient_checkpointing_stays_as_the_caller_had_it(on):
         target.gradient_checkpointing_enable()
     transfer(model(1), target, gradient_checkpointing=True)
     assert target.is_gradient_checkpointing == on
+
+
+@contextlib.contextmanager
+def torch_defaults(device=None, dtype=torch.float32):
+    torch.set_default_device(device)
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", [{"device": "meta"}, {"dtype": torch.float64}], ids=str)
+@pytest.mark.parametrize("method", ["semalign", "laten"])
+def test_the_callers_default_device_and_dtype_do_not_matter(default, method):
+    batch = collate(encode(ROWS[:2], TOKENIZER), range(2), pad_token_id=0)
+
+    def everything(source, target):
+        delta = transfer(source, target, method=method).delta
+        basis = SemanticBasis.from_model(source)
+        scores = attribute(source, [batch])
+        found = evaluate(source, ROWS[:2], TOKENIZER, max_new_tokens=2)
+        return delta, SemanticMap.between(basis, basis).matrix, scores, found
+
+    delta, matrix, scores, found = everything(model(1), model(2))
+    models = model(1), model(2)
+    with torch_defaults(**default):
+        again = everything(*models)
+    for path, change in delta.changes.items():
+        assert torch.equal(change.matrix(), again[0].changes[path].matrix())
+    assert torch.equal(matrix, again[1])
+    assert torch.equal(scores, again[2])
+    assert found == again[3]
 
 
 def test_an_adapted_target_is_refused():

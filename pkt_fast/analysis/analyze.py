@@ -17,7 +17,7 @@ from ..anatomy import Anatomy
 from ..data.encoding import encode
 from ..delta import LayerDelta
 from ..evaluation.evaluate import injected
-from ..lending import evaluating
+from ..lending import evaluating, usual_defaults
 from ..loading import pad_token_id
 from ..pairing import source_for
 from ..phases import AlignedPositions, processing_batches
@@ -104,6 +104,7 @@ class Analysis:
         draw_heatmaps(directory / "cka.png", self.cka)
 
 
+@usual_defaults()
 def analyze(
     source: nn.Module,
     target: nn.Module,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import INTERFACES
 from ..errors import ConfigError, ModelError
+from ..lending import usual_defaults
 from . import rerouting, streams
 from .findings import HeadTransform, Structure
 from .linears import linear_modules, misread, paper_targets
@@ -64,7 +65,8 @@ class Anatomy:
         base = base_model(model)
         structure = _structures.get(base)
         if structure is None or structure.block_ids != ids_at(base, structure.layers_path):
-            structure = probe(base)
+            with usual_defaults():
+                structure = probe(base)
             _structures[base] = structure
         return cls(base, structure)
 

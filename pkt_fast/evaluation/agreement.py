@@ -11,7 +11,7 @@ from torch import nn
 from ..anatomy import Anatomy
 from ..data.batches import collate
 from ..data.encoding import encode
-from ..lending import evaluating
+from ..lending import evaluating, usual_defaults
 from ..loading import pad_token_id
 from ..phases import AlignedPositions
 from ..vocabulary import match_vocabularies
@@ -34,6 +34,7 @@ class Agreement:
     tokens: int
 
 
+@usual_defaults()
 @torch.no_grad()
 def agreement(
     model: nn.Module,

@@ -20,7 +20,7 @@ from ..data.examples import ExampleSet
 from ..data.reading import read_rows
 from ..delta import LayerDelta, eject, inject
 from ..errors import ConfigError
-from ..lending import evaluating
+from ..lending import evaluating, usual_defaults
 from ..loading import load_model, load_tokenizer, pad_token_id, resolve_device
 from .answers import matches, reference_reply
 from .generation import generate_replies
@@ -55,6 +55,7 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
+@usual_defaults()
 def evaluate(
     model: nn.Module | str | Path,
     rows: Any = None,
