@@ -47,7 +47,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -227,7 +228,26 @@ def autotune(tiles: Sequence[Tile], key: list[str]) -> Any:
         for tile in tiles
     ]
     options = {"cache_results": True} if _TAKES_CACHE else {}
-    return triton.autotune(configs=configs, key=key, **options)
+    tuned = triton.autotune(configs=configs, key=key, **options)
+
+    def decorate(kernel: Any) -> Any:
+        tuner = tuned(kernel)
+        tuner.run = _one_at_a_time(tuner.run)
+        return tuner
+
+    return decorate
+
+
+def _one_at_a_time(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` for one thread at a time: a tuner keeps the arguments of the call it works on."""
+    lock = threading.RLock()
+
+    @functools.wraps(run)
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return run(*args, **kwargs)
+
+    return locked
 
 
 def row_major(x: Tensor) -> Tensor:

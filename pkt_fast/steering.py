@@ -121,8 +121,21 @@ class Loader:
     dtype: torch.dtype
 
     def stream(self, plan: Sequence[Sequence[int]]) -> Generator[MicroBatch, None, None]:
-        """Micro-batches for ``plan``, a list of example lists."""
-        return prefetched(self.build(examples) for examples in plan)
+        """Micro-batches for ``plan``, a list of example lists.
+
+        Their copies to a GPU are in order with what the caller computes there: a thread has a
+        current device and a current stream of its own.
+        """
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None
+
+        def built() -> Iterator[MicroBatch]:
+            for examples in plan:
+                with torch.cuda.stream(stream) if on_gpu else contextlib.nullcontext():
+                    micro = self.build(examples)
+                yield micro
+
+        return prefetched(built())
 
     def build(self, examples: Sequence[int]) -> MicroBatch:
         """One micro-batch, copied to the device without waiting where the device allows it."""

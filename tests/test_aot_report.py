@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import aot_report
 from pkt_fast.kernels._common import Target, Tile, tiles_for
+
+from pkt_fast.kernels import _common
 
 KERNELS = '''
 import triton
@@ -237,3 +241,21 @@ def test_every_cuda_kernel_of_the_extension_is_counted():
     if not rows:
         pytest.skip("no CUDA kernels in this build")
     assert all(row.model_us > 0 and row.bound_by for row in rows)
+
+
+def test_a_tuned_kernel_serves_one_thread_at_a_time(monkeypatch):
+    """Triton's tuner keeps the arguments of the call it works on, and would mix them up."""
+    inside, most = [], []
+
+    class Tuner:
+        def run(self, number):
+            inside.append(number)
+            time.sleep(0.02)
+            most.append(len(inside))
+            return inside.pop()
+
+    monkeypatch.setattr(_common.triton, "autotune", lambda **_: lambda kernel: Tuner())
+    tuner = _common.autotune([Tile({}, 4)], key=[])("a kernel")
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(tuner.run, range(4))) == list(range(4))
+    assert most == [1] * 4

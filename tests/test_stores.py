@@ -1,5 +1,6 @@
 """Activation stores: what goes in comes out, on disk as in memory, and damage is noticed."""
 
+import contextlib
 import importlib
 import json
 import tempfile
@@ -15,6 +16,7 @@ from pkt_fast import stores
 from pkt_fast.errors import OutputError, StoreError
 from pkt_fast.ops import backend
 from pkt_fast.phases import StorePlace
+from pkt_fast.steering import Loader
 from pkt_fast.stores import (
     memory_store,
     model_fingerprint,
@@ -300,3 +302,22 @@ def test_every_way_gives_the_same_adapter_with_a_directory(way, tmp_path):
     passes = {"source pass", "target pass"}
     assert passes & set(written.report["phases"]) == passes & set(memory.report["phases"])
     assert not passes & set(reused.report["phases"])
+
+
+def test_batches_are_copied_on_the_stream_of_the_caller(monkeypatch):
+    """The thread that prepares them has a current device and stream of its own."""
+    entered = []
+
+    @contextlib.contextmanager
+    def stream(wanted):
+        entered.append((wanted, threading.current_thread() is threading.main_thread()))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the caller's on {device}")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(Loader, "build", lambda self, examples: examples)
+    for device, wanted in (("cuda:1", [("the caller's on cuda:1", False)] * 2), ("cpu", [])):
+        loader = Loader([], None, None, torch.device(device), 0, torch.float32)
+        assert list(loader.stream([[0], [1]])) == [[0], [1]]
+        assert entered == wanted
+        entered.clear()
