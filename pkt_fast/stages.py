@@ -55,9 +55,8 @@ def check_budget(config: TransferConfig, steps: int, layers: int) -> None:
     """
     if config.schedule == "frontier" and config.solver == "adamw" and steps < layers:
         raise ConfigError(
-            f"schedule='frontier' trains {layers} layers one after the other, and the whole "
-            f"transfer has {steps} steps: raise epochs or steps, lower batch_size, or name fewer "
-            "layers"
+            f"schedule='frontier' shares the steps of a transfer ({steps}) among its layers "
+            f"({layers}): raise epochs or steps, lower batch_size, or name fewer layers"
         )
 
 

@@ -246,7 +246,7 @@ def test_every_way_to_transfer_makes_the_same_number_of_updates(monkeypatch):
 
 def test_a_frontier_without_a_step_for_every_layer_is_refused_before_training(monkeypatch):
     monkeypatch.setattr(module, "transfer", lambda *a, **k: pytest.fail("trained"))
-    with pytest.raises(ConfigError, match=r"2 layers one after the other.* 1 steps"):
+    with pytest.raises(ConfigError, match=r"steps of a transfer \(1\) among its layers \(2\)"):
         run(["sft", "paper-v2"], steps=1)
 
 

@@ -63,7 +63,7 @@ def test_every_stage_of_the_frontier_has_its_own_rise_and_fall():
 
 
 def test_a_frontier_with_fewer_steps_than_layers_is_refused():
-    with pytest.raises(ConfigError, match=r"4 layers one after the other.* 3 steps"):
+    with pytest.raises(ConfigError, match=r"steps of a transfer \(3\) among its layers \(4\)"):
         transfer(*pair(), layers="all", schedule="frontier", steps=3)
     solved = transfer(
         *pair(), layers="all", schedule="frontier", steps=3, solver="ridge", output_loss="none"
