@@ -40,6 +40,7 @@ SLOW = 3.5
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = CLOCKS["wall"]
+_on_gpu = False
 
 
 def use_clock(name: str) -> None:
@@ -52,6 +53,12 @@ def use_clock(name: str) -> None:
     _clock = CLOCKS[name]
     if name == "cpu":
         torch.set_num_threads(1)
+
+
+def use_device(name: str) -> None:
+    """Measure on the "cpu" (at first) or on "cuda": whom to wait for, whose memory to read."""
+    global _on_gpu
+    _on_gpu = name == "cuda"
 
 
 def clock_name() -> str:
@@ -122,8 +129,8 @@ class Case:
 
 
 def synchronize() -> None:
-    """Wait for the GPU where there is one."""
-    if torch.cuda.is_available():
+    """Wait for the GPU where one is measured."""
+    if _on_gpu:
         torch.cuda.synchronize()
 
 
@@ -140,7 +147,7 @@ def seconds_of(call: Call, repeats: int = 1) -> float:
 def peak_bytes(call: Call) -> int | None:
     """Bytes that one call adds to the process at its peak; None where they cannot be read."""
     gc.collect()
-    if torch.cuda.is_available():
+    if _on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -34,6 +34,7 @@ from benchmarks.harness import (  # noqa: E402
     samples_text,
     seconds_text,
     use_clock,
+    use_device,
 )
 from benchmarks.record import Record, measured_when, read  # noqa: E402
 from pkt_fast._files import atomic_file  # noqa: E402
@@ -188,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         update_readme(read(args.update_readme), ROOT / "README.md")
         return 0
     use_clock(args.clock)
+    use_device(args.device)
     record = Record(settings(args.device, args.small), args.json)
     parts = tuple(PARTS) if args.part == "all" else (args.part,)
     try:
@@ -230,6 +232,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here")
+    if args.device == "cuda" and args.clock == "cpu":
+        raise ConfigError("--clock cpu: a GPU's work takes no CPU seconds; leave it at 'wall'")
     return args
 
 

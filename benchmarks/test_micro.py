@@ -12,11 +12,22 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import micro
+from benchmarks import harness, micro
 from benchmarks.harness import Missing
 
 SIZES = micro.FULL if os.environ.get("PKT_FAST_BENCH") == "full" else micro.SMALL
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+harness.use_device(DEVICE.type)
+
+
+def finished(call: harness.Call) -> harness.Call:
+    """``call``, and what it started on a GPU."""
+
+    def run() -> None:
+        call()
+        harness.synchronize()
+
+    return run
 
 
 @pytest.mark.parametrize("name", micro.BUILDERS)
@@ -26,7 +37,7 @@ def test_ours(benchmark, name):
     benchmark.group = name
     if case.error is not None:
         assert case.error() < 1e-2
-    benchmark.pedantic(case.ours, rounds=3, warmup_rounds=1)
+    benchmark.pedantic(finished(case.ours), rounds=3, warmup_rounds=1)
 
 
 @pytest.mark.parametrize("name", micro.BUILDERS)
@@ -37,4 +48,4 @@ def test_peers(benchmark, name):
     calls = [call for call in case.peers.values() if not isinstance(call, Missing)]
     if not calls:
         pytest.skip("; ".join(map(str, case.peers.values())))
-    benchmark.pedantic(calls[0], rounds=3, warmup_rounds=1)
+    benchmark.pedantic(finished(calls[0]), rounds=3, warmup_rounds=1)

@@ -147,12 +147,36 @@ def test_a_comparison_that_fails_alone_is_raised():
         harness.measure(case)
 
 
-def test_peak_memory_sees_a_temporary():
+def test_peak_memory_sees_a_temporary(monkeypatch):
+    """Of the device that is measured, which is the CPU beside a GPU as well."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     size = 64 << 20
     found = harness.peak_bytes(lambda: torch.ones(size // 8, dtype=torch.float64).sum())
     if found is None:
         pytest.skip("peak memory cannot be read here")
     assert 0.9 * size < found < 1.5 * size
+
+
+def test_a_gpu_is_waited_for_and_its_own_memory_read(monkeypatch):
+    done = []
+    results = {"synchronize": None, "memory_allocated": 5, "max_memory_allocated": 9}
+    for name, result in results.items():
+        monkeypatch.setattr(torch.cuda, name, lambda n=name, r=result: done.append(n) or r)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    harness.use_device("cuda")
+    try:
+        assert harness.peak_bytes(lambda: done.append("call")) == 4
+    finally:
+        harness.use_device("cpu")
+    assert done == [
+        "synchronize", "memory_allocated", "call", "synchronize", "max_memory_allocated",
+    ]  # fmt: skip
+
+
+def test_the_cpu_clock_is_refused_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="--clock cpu"):
+        run.main(["--device", "cuda", "--clock", "cpu"])
 
 
 def test_a_missed_target_is_said():
