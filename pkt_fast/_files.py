@@ -217,6 +217,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, final)
     except OSError as error:
         raise OutputError(f"cannot write {final}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {final}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ from .config import REDUCTIONS
 from .data.batches import Batch, as_batch
 from .data.examples import IGNORE_INDEX
 from .errors import ConfigError, DataError, NumericsError
-from .lending import differentiable, frozen
+from .lending import claimed, differentiable, eager, frozen
 from .ops import grad_x_act
 from .ops.linear import own_products
 
@@ -51,11 +51,11 @@ def attribute(
     """
     if reduction not in REDUCTIONS:
         raise ConfigError(f"reduction={reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-    per_example = [
-        _reduce(signed, absolute, reduction)
-        for batch in batches
-        for signed, absolute in [gradient_x_activation(model, as_batch(batch), interface=interface)]
-    ]
+    with claimed([eager(model)]):
+        per_example = [
+            _reduce(*gradient_x_activation(model, as_batch(batch), interface=interface), reduction)
+            for batch in batches
+        ]
     if not per_example:
         raise DataError(
             "attribution got no batch: give at least one example with supervised tokens"

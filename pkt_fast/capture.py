@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, TapValue
 from .config import INTERFACES
 from .errors import ConfigError, NumericsError
+from .lending import claimed, eager
 from .ops import capture_rows
 from .pairing import LayerPair
 
@@ -173,10 +174,11 @@ def record(
     if interface not in INTERFACES:
         raise ConfigError(f"interface={interface!r}: choose one of {', '.join(INTERFACES)}")
     acts = Activations(positions, {want.key: [] for want in wanted})
-    recorder = _Recorder(Anatomy.of(model), wanted, interface, acts, normalize, dtype)
-    uncompiled = torch.compiler.set_stance("force_eager")  # compiled calls may skip new hooks
-    with recorder.attached(), uncompiled:
-        yield acts
+    with claimed([eager(model)]):
+        recorder = _Recorder(Anatomy.of(model), wanted, interface, acts, normalize, dtype)
+        uncompiled = torch.compiler.set_stance("force_eager")  # compiled calls may skip new hooks
+        with recorder.attached(), uncompiled:
+            yield acts
 
 
 def capture(
@@ -196,7 +198,9 @@ def capture(
     ``dtype`` is what rows are stored in (the model's own by default).
 
     Yields :class:`Activations`; ``acts[layer]`` is (N, D).  Raises :class:`ConfigError` for an
-    unknown interface, a layer out of range or a mask that does not fit.
+    unknown interface, a layer out of range or a mask that does not fit, and
+    :class:`~pkt_fast.errors.ModelError` while another thread captures from the model, whose rows
+    would mix with these.
     """
     wanted = [Wanted(layer, (layer,)) for layer in dict.fromkeys(layers)]
     return record(model, wanted, interface, positions=positions, normalize=normalize, dtype=dtype)

@@ -92,7 +92,7 @@ def lent(*models: Any, kept: Any) -> Iterator[None]:
     hooks would mix with ours.
     """
     modules = [m for m in map(eager, (*models, kept)) if isinstance(m, nn.Module)]
-    with _claimed(modules), _restored(modules, kept):
+    with claimed(modules), _restored(modules, kept):
         yield
 
 
@@ -139,7 +139,7 @@ def differentiable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _claimed(models: Sequence[nn.Module]) -> Iterator[None]:
+def claimed(models: Sequence[nn.Module]) -> Iterator[None]:
     """Keep other threads from lending ``models``; the thread that has them may lend them again."""
     thread = threading.get_ident()
     with _claims:

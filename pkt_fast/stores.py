@@ -316,14 +316,26 @@ def writing_directory_store(
         store.check_complete()
         write_json(temporary / MANIFEST, _manifest(store, fingerprint))
         usual_access(temporary)
-        if path.exists():
-            shutil.rmtree(path)
-        os.rename(temporary, path)
+        _take_place(temporary, path)
         for column in store.columns.values():
             assert isinstance(column, ShardedColumn)
             column.directory = path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Give a finished store its name, unless another process has finished the same one meanwhile:
+    that one may be in use already.
+    """
+    if (path / MANIFEST).is_file():
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        os.rename(temporary, path)
+    except OSError as error:
+        if not (path / MANIFEST).is_file():
+            raise OutputError(f"cannot make the store {path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -1,14 +1,16 @@
 """Captured rows equal hooks written by hand; nothing is left behind on any exit path."""
 
+import threading
+
 import pytest
 import torch
 from models import tiny_model, token_batch
 
-from pkt_fast import capture, reference
+from pkt_fast import attribute, capture, reference
 from pkt_fast.anatomy import Anatomy
 from pkt_fast.capture import Wanted, record
 from pkt_fast.config import INTERFACES
-from pkt_fast.errors import ConfigError
+from pkt_fast.errors import ConfigError, ModelError
 from pkt_fast.pairing import LayerPair
 
 
@@ -99,6 +101,34 @@ def test_no_graph_is_kept_under_autograd():
     loss.backward()
     assert acts[0].grad_fn is None
     assert acts[3].grad_fn is None
+
+
+def test_two_threads_do_not_mix_their_rows():
+    model = tiny_model("llama")
+    other, found = [], []
+
+    def refused():
+        with pytest.raises(ModelError, match="another thread uses"), capture(model, [0]):
+            pass
+        with pytest.raises(ModelError, match="another thread uses"):
+            attribute(model, [])
+        other.append(True)
+
+    def probe():
+        found.append(Anatomy.of(fresh).num_layers)
+
+    with capture(model, [0]), capture(model, [1]):  # one thread may nest
+        thread = threading.Thread(target=refused)
+        thread.start()
+        thread.join()
+    assert other
+    fresh = tiny_model("llama")
+    threads = [threading.Thread(target=probe) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [4] * 4
 
 
 def test_bad_arguments_are_refused():

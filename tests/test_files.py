@@ -157,3 +157,12 @@ def test_a_symlink_to_a_directory_is_followed(tmp_path):
     write(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert os.listdir(tmp_path / "real") == ["report.json"]
+
+
+def test_a_file_that_safetensors_cannot_write_is_an_output_error(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"cannot write .*basis: full"),
+        atomic_file(tmp_path / "basis"),
+    ):
+        raise SafetensorError("full")
+    assert list(tmp_path.iterdir()) == []

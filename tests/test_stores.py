@@ -146,6 +146,19 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_two_that_write_one_store_the_first_to_finish_keeps_it(tmp_path):
+    path = tmp_path / "s"
+    with writing_directory_store(path, COUNTS, ORDER, COLUMNS, PRINT) as slow:
+        with writing_directory_store(path, COUNTS, ORDER, COLUMNS, PRINT) as fast:
+            fill(fast)
+        inode = path.stat().st_ino
+        fill(slow)
+    for store in (slow, fast, open_directory_store(path, PRINT)):
+        check(store)
+    assert path.stat().st_ino == inode
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
 def test_damage_and_foreign_stores_are_noticed(tmp_path):
     path = written(tmp_path)
     with pytest.raises(StoreError, match="another source"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -22,6 +23,7 @@ from .taps import Tap, block_tap, sublayer_tap
 
 # Structures hold no reference to their model, so an entry goes when its model does.
 _structures: weakref.WeakKeyDictionary[nn.Module, Structure] = weakref.WeakKeyDictionary()
+_probing = threading.RLock()  # two probes of one model would see each other's forward passes
 
 
 class Anatomy:
@@ -63,11 +65,12 @@ class Anatomy:
             NumericsError: a block gives NaN or inf on random tokens.
         """
         base = base_model(model)
-        structure = _structures.get(base)
-        if structure is None or structure.block_ids != ids_at(base, structure.layers_path):
-            with usual_defaults():
-                structure = probe(base)
-            _structures[base] = structure
+        with _probing:
+            structure = _structures.get(base)
+            if structure is None or structure.block_ids != ids_at(base, structure.layers_path):
+                with usual_defaults():
+                    structure = probe(base)
+                _structures[base] = structure
         return cls(base, structure)
 
     def tap(self, layer: int, interface: str) -> Tap:
