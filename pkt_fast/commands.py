@@ -303,26 +303,25 @@ def _analyze(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from .compare import compare
 
-    comparison = compare(
-        args.source,
-        args.target,
-        args.data,
-        args.methods.split(","),
-        validation=args.validation,
-        test=args.test,
-        other=args.other,
-        source_base=args.source_base,
-        examples=args.examples,
-        labels=args.labels,
-        seeds=args.seeds,
-        tune_budget=args.tune_budget,
-        learning_rates=args.learning_rates,
-        generate=args.generate,
-        max_new_tokens=args.max_new_tokens,
-        output_dir=args.output,
-        progress=not args.quiet,
-        **settings_of(args),
-    )
+    own = {
+        "validation": args.validation,
+        "test": args.test,
+        "other": args.other,
+        "source_base": args.source_base,
+        "examples": args.examples,
+        "labels": args.labels,
+        "seeds": args.seeds,
+        "tune_budget": args.tune_budget,
+        "learning_rates": args.learning_rates,
+        "generate": args.generate,
+        "max_new_tokens": args.max_new_tokens,
+        "output_dir": args.output,
+        "progress": not args.quiet,
+    }
+    # Some of these are also names of settings, with a meaning of their own here.
+    settings = {**settings_of(args), **own}
+    methods = args.methods.split(",")
+    comparison = compare(args.source, args.target, args.data, methods, **settings)
     if not args.quiet:
         console().print(comparison.table())
 

@@ -248,6 +248,18 @@ def test_analyze_writes_numbers_and_tables(made, tmp_path, capsys):
     assert "| layer |" in (out / "analysis.md").read_text()
 
 
+def test_compare_trains_and_writes_a_table(made, tmp_path, capsys):
+    pair = ["--source", made["source"], "--target", made["target"], "--data", made["data"]]
+    quick = ["--steps", "1", "--seeds", "0", "--tune-budget", "1", "--no-generate"]
+    out = tmp_path / "out"
+    command = ["compare", *pair, *quick, "--methods", "sft", "--labels", "given"]
+    assert main([*command, "--max-new-tokens", "4", "--output", str(out)]) == 0
+    assert "sft" in capsys.readouterr().out
+    written = json.loads((out / "comparison.json").read_text())
+    assert "sft" in json.dumps(written)
+    assert "choose" in refused(capsys, ["compare", *pair, "--methods", "nonsense"])
+
+
 def test_diagnose_prints_what_a_transfer_would_report(made, capsys):
     argv = ["diagnose", "--source", made["source"], "--target", made["target"]]
     settings = ["--data", made["data"], "--layers", "0,1", "--recompose", "dual"]
