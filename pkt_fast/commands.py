@@ -320,7 +320,7 @@ def _compare(args: argparse.Namespace) -> None:
     }
     # Some of these are also names of settings, with a meaning of their own here.
     settings = {**settings_of(args), **own}
-    methods = args.methods.split(",")
+    methods = [name.strip() for name in args.methods.split(",")]
     comparison = compare(args.source, args.target, args.data, methods, **settings)
     if not args.quiet:
         console().print(comparison.table())

@@ -252,11 +252,11 @@ def test_compare_trains_and_writes_a_table(made, tmp_path, capsys):
     pair = ["--source", made["source"], "--target", made["target"], "--data", made["data"]]
     quick = ["--steps", "1", "--seeds", "0", "--tune-budget", "1", "--no-generate"]
     out = tmp_path / "out"
-    command = ["compare", *pair, *quick, "--methods", "sft", "--labels", "given"]
+    command = ["compare", *pair, *quick, "--methods", "sft, kd", "--labels", "given"]
     assert main([*command, "--max-new-tokens", "4", "--output", str(out)]) == 0
     assert "sft" in capsys.readouterr().out
     written = json.loads((out / "comparison.json").read_text())
-    assert "sft" in json.dumps(written)
+    assert [method["name"] for method in written["methods"]] == ["sft", "kd"]
     assert "choose" in refused(capsys, ["compare", *pair, "--methods", "nonsense"])
 
 

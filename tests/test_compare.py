@@ -286,6 +286,8 @@ def test_change_needs_the_source_before_its_fine_tuning():
     [
         ({"labels": "some"}, "labels='some'"),
         ({"tune_budget": 0}, "at least one trial"),
+        ({"seeds": (1, 1)}, r"seeds=\[1, 1\]: give each once"),
+        ({"examples": 0}, "examples=0: give at least 1"),
         ({"seeds": []}, "one seed"),
         ({"epochs": 0}, "epochs=0"),
         ({"learning_rates": []}, "learning_rates is empty"),

@@ -95,6 +95,10 @@ def compare(
         raise ConfigError(f"labels={labels!r}: choose one of {', '.join(LABELS)}")
     if tune_budget < 1 or not seeds:
         raise ConfigError("compare needs at least one trial (tune_budget) and one seed")
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"seeds={list(seeds)}: give each once, or one run counts as several")
+    if examples is not None and examples < 1:
+        raise ConfigError(f"examples={examples}: give at least 1 row")
     _check_recipes(chosen, labels, source_base, settings)
     if output_dir is not None:
         check_output_dir(output_dir, overwrite)
