@@ -69,7 +69,7 @@ def test_cuda_functions_say_when_there_is_no_gpu():
     """They take what the ops hand to their CPU twins, and fail in CUDA's own words."""
     import torch
 
-    if not native.build_info()["cuda_archs"] or torch.cuda.is_available():
+    if not native.build_info()["cuda_archs"] or native.cuda_problem() is None:
         pytest.skip("built without nvcc, or a GPU is here")
     row, absent = torch.zeros(1, 16), (0, 0, 0)
     index = torch.zeros(1, dtype=torch.int64)
