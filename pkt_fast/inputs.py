@@ -30,6 +30,7 @@ from .loading import (
 from .maps import check_change
 from .phases import AlignedPositions, StorePlace
 from .progress import Phases
+from .report import Clock
 from .vocabulary import SharedVocabulary, match_vocabularies, same_tokenization
 from .writing import answer_rows, write_rows
 
@@ -81,8 +82,8 @@ class TransferInputs:
         """
         if source_base is not None:
             check_change(config)
-        phases = Phases(progress)
         device = resolve_device(config.device)
+        phases = Phases(progress, Clock(device))
         with phases.phase("read data", 1):
             tokenizers = load_tokenizers(
                 tokenizer, src, tgt, trust_remote_code=config.trust_remote_code

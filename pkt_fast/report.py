@@ -30,8 +30,14 @@ PACKAGES = ("pkt-fast", "torch", "transformers", "peft", "triton", "safetensors"
 
 @dataclass
 class Clock:
-    """Seconds and tokens by phase."""
+    """Seconds and tokens by phase.
 
+    Attributes:
+        device: a GPU to wait for at the end of a phase, so that its work is not counted in the
+            next.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -41,6 +47,8 @@ class Clock:
         start = time.perf_counter()
         try:
             yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 

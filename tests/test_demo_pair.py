@@ -1,6 +1,7 @@
 """The bundled rows and pair: deterministic, disjoint, exact, small, and worth a transfer."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -9,9 +10,11 @@ import zlib
 from collections import Counter
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from pkt_fast import demo
 from pkt_fast.demo import other, problems
@@ -253,3 +256,15 @@ def test_slicing_keeps_every_second_layer(script, pair):
         kept = sliced.model.layers[new].mlp.up_proj.weight
         assert torch.equal(kept, source.model.layers[old].mlp.up_proj.weight)
     assert torch.equal(sliced.lm_head.weight, source.lm_head.weight)
+
+
+def test_the_demo_scores_where_it_trains(monkeypatch):
+    """Every model on the device of the settings: the source and the untrained target as well."""
+    module = importlib.import_module("pkt_fast.demo.run")
+    scored = []
+    found = SimpleNamespace(exact_match=None, next_token_loss=0.0)
+    monkeypatch.setattr(module, "evaluate", lambda *a, **k: scored.append(k["device"]) or found)
+    trained = SimpleNamespace(model=None, history=[])
+    monkeypatch.setattr(module, "transfer", lambda *a, **k: trained)
+    module.run_demo(Console(quiet=True), progress=False, device="cuda:1")
+    assert scored == ["cuda:1"] * (2 + len(module.RUNS))

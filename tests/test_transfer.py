@@ -1,5 +1,6 @@
 """The whole transfer against the one-phase reference, and everything around it."""
 
+import contextlib
 import json
 import threading
 
@@ -26,6 +27,7 @@ from pkt_fast.errors import (
     VocabularyError,
 )
 from pkt_fast.ops import _registry
+from pkt_fast.report import Clock
 from pkt_fast.steering import (
     Loader,
     Tail,
@@ -582,3 +584,18 @@ def test_bfloat16_models_transfer_like_float32_ones():
     for name in ("layer_loss", "output_loss"):
         assert half[0][name] == pytest.approx(exact[0][name], rel=0.02)
     assert half[-1]["layer_loss"] < half[0]["layer_loss"]
+
+
+def test_a_phase_counts_its_own_work_on_a_gpu(monkeypatch):
+    """A GPU is waited for at the end of a phase, but not after an error: that is what counts."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    clock = Clock(torch.device("cuda", 1))
+    with clock.phase("one"):
+        assert not waited
+    with contextlib.suppress(KeyError), clock.phase("two"):
+        raise KeyError
+    with Clock().phase("on the CPU"):
+        pass
+    assert waited == [torch.device("cuda", 1)]
+    assert list(clock.seconds) == ["one", "two"]

@@ -55,9 +55,9 @@ def run_demo(
     ``output`` keeps the adapter and the report; ``settings`` are fields of
     :class:`~pkt_fast.TransferConfig` that hold for every run (seed, device, ...).
     """
-    overwrite = TransferConfig.make(**settings).overwrite
+    config = TransferConfig.make(**settings)
     if output is not None:
-        check_output_dir(output, overwrite)
+        check_output_dir(output, config.overwrite)
     source, target, tokenizer = load_pair()
     rows = bundled_rows("specialty")[:TRAINING_ROWS]
     problems = bundled_rows("specialty_test")
@@ -70,6 +70,7 @@ def run_demo(
                 tokenizer,
                 max_new_tokens=MAX_NEW_TOKENS,
                 batch_size=50,
+                device=config.device,
                 advance=update,
             )
 
@@ -84,7 +85,7 @@ def run_demo(
         scores[f"target after {name}"] = score(name, result.model)
     _show(out, result, scores)
     if output is not None:
-        result.save(output, overwrite=overwrite)
+        result.save(output, overwrite=config.overwrite)
         out.print(f"The adapter and its report are in {output}", markup=False)
     out.print("Next: pkt-fast transfer --source A --target B --data train.jsonl --output out/")
     return Demo(result, scores)
