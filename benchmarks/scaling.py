@@ -24,6 +24,13 @@ EPOCHS = replace(end_to_end.FULL, source=(256, 8), target=(192, 4), vocabulary=8
 WIDEST_PEER = 2048
 """Of the basis: a pseudoinverse of a wider head takes minutes."""
 
+GIVEN_BACK = "freed blocks given back"
+ALLOCATORS = {
+    "": {},
+    GIVEN_BACK: {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+}
+"""Settings of glibc's malloc.  As it comes it keeps what is freed, up to 32 MB a block."""
+
 SMALL = replace(BASE, source=32, target=16, tokens=64, vocabulary=512, seconds=0.01)
 
 
@@ -46,6 +53,8 @@ def points(device: str, *, small: bool = False) -> Iterator[tuple[str, Point]]:
     if device == "cpu":
         for count in (8, 16) if small else (64, 256, 1024, 4096):
             yield f"examples {count}", partial(_examples, count)
+        for count in (8,) if small else (256, 1024):
+            yield f"examples {count}, {GIVEN_BACK}", partial(_examples, count, GIVEN_BACK)
 
 
 def _grid(base: Sizes, small: bool) -> Iterator[tuple[str, int, str, Sizes]]:
@@ -118,8 +127,11 @@ def _threads(threads: int, name: str, base: Sizes) -> dict[str, Any]:
         torch.set_num_threads(before)
 
 
-def _examples(count: int) -> dict[str, Any]:
-    """Time and peak memory of a transfer with a directory store, in a process of its own."""
+def _examples(count: int, allocator: str = "") -> dict[str, Any]:
+    """Time and peak memory of a transfer with a directory store, in a process of its own.
+
+    With ``allocator`` :data:`GIVEN_BACK` that process returns freed blocks to the system at once.
+    """
     with tempfile.TemporaryDirectory() as directory:
         code = (
             "from pathlib import Path; from benchmarks.end_to_end import store_run; "
@@ -127,14 +139,15 @@ def _examples(count: int) -> dict[str, Any]:
         )
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **ALLOCATORS[allocator]},
         )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().rpartition("\n")[2])
     line = next(line for line in done.stdout.splitlines() if line.startswith("measured "))
     _, seconds, grown = line.split()
+    name = ", ".join(filter(None, ("transfer, directory store", allocator)))
     return {
-        "curve": "examples", "x": count, "name": "transfer, directory store", "peer": None,
+        "curve": "examples", "x": count, "name": name, "peer": None,
         "ours_s": float(seconds), "peer_s": None, "ours_bytes": int(grown), "peer_bytes": None,
         "ours_samples": 1, "peer_samples": None,
     }

@@ -89,11 +89,11 @@ def gram_root(gram: Tensor) -> GramRoot:
 def better_conditioned(gram: Tensor, inverse: Tensor, least: float) -> bool:
     """Whether λ_min/λ_max of G (D, D) exceeds ``least``, given G⁻¹.
 
-    The largest column sums of magnitudes bound the eigenvalues, which settles most heads.  The
-    others take power iterations on both matrices.
+    Both are symmetric: the largest row sums of magnitudes bound the eigenvalues, which settles
+    most heads.  The others take power iterations on both matrices.
     """
-    columns = (torch.linalg.vector_norm(x, 1, dim=0).max() for x in (gram, inverse))
-    bound = math.prod(map(float, columns))
+    sums = (torch.linalg.vector_norm(x, 1, dim=1).max() for x in (gram, inverse))
+    bound = math.prod(map(float, sums))
     return bound * least < 1 or _largest_eigenvalue(gram) * _largest_eigenvalue(inverse) * least < 1
 
 

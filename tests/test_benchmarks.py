@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -432,6 +433,23 @@ def test_memory_of_a_directory_store_is_measured(tmp_path):
     assert seconds > 0
     assert grown >= 0
     assert (tmp_path / "store").is_dir()
+
+
+def test_a_transfer_may_give_freed_blocks_back(monkeypatch):
+    found = {}
+
+    def run(command, **options):
+        found.update(options["env"])
+        return subprocess.CompletedProcess(command, 0, "measured 1.5 4096\n", "")
+
+    monkeypatch.setattr(scaling.subprocess, "run", run)
+    point = scaling._examples(8, scaling.GIVEN_BACK)
+    assert (point["ours_s"], point["ours_bytes"]) == (1.5, 4096)
+    assert point["name"] == "transfer, directory store, freed blocks given back"
+    assert found["MALLOC_MMAP_THRESHOLD_"] == "65536"
+    found.clear()
+    assert scaling._examples(8)["name"] == "transfer, directory store"
+    assert "MALLOC_MMAP_THRESHOLD_" not in found
 
 
 def test_the_page_of_methods_holds_every_result(tmp_path):
