@@ -94,7 +94,7 @@ def test_a_transfer_between_families():
 
 
 def test_the_losses_between_families_are_those_written_out():
-    """KL over the shared rows of both heads, and the dual map through the shared tokens' vectors, at
+    """KL over the rows that both heads share, the dual map through the shared tokens' vectors, at
     positions that have read the same text.
     """
     tokenizers = toy_tokenizers.metaspace(), toy_tokenizers.byte_level()
