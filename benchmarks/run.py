@@ -100,6 +100,21 @@ def run(
         record.add(part, name, measured)
 
 
+def device_of(result: Mapping[str, Any]) -> str:
+    """The device of a result, a GPU by its name as well."""
+    if result["device"] == "cpu":
+        return "cpu"
+    return f"{result['device']} ({result['machine']['gpus'][0]})"
+
+
+def measured_on(result: Mapping[str, Any]) -> str:
+    """The processor that computed."""
+    described = result["machine"]
+    if result["device"] == "cpu":
+        return f"{described['cores']} cores of {described['cpu']} ({described['cpu_capability']})"
+    return f"one {described['gpus'][0]}"
+
+
 def document(result: Mapping[str, Any]) -> str:
     """The Markdown page of a result."""
     described = result["machine"]
@@ -107,7 +122,7 @@ def document(result: Mapping[str, Any]) -> str:
         "# Measured",
         "",
         f"{described['cpu']}, {described['cores']} cores, {described['torch_threads']} threads, "
-        f"{described['cpu_capability']}, device {result['device']}, torch "
+        f"{described['cpu_capability']}, device {device_of(result)}, torch "
         f"{result['versions']['torch']}; {measured_when(result)}.",
         *([f"Times are {CPU_TIMES}.", ""] if result["clock"] == "cpu" else [""]),
         markdown(result["rows"]),
@@ -130,10 +145,8 @@ def document(result: Mapping[str, Any]) -> str:
 
 def readme_table(result: Mapping[str, Any]) -> str:
     """What the README shows: a line a row, the first peer, and the machine."""
-    described = result["machine"]
     lines = [
-        f"Measured on {described['cores']} cores of {described['cpu']} "
-        f"({described['cpu_capability']}), torch {result['versions']['torch']}, "
+        f"Measured on {measured_on(result)}, torch {result['versions']['torch']}, "
         f"{measured_when(result)}, by `pkt-fast bench`; all rows, peers and spreads are in "
         "`benchmarks/results`."
         + (f" Times are {CPU_TIMES}." if result["clock"] == "cpu" else ""),

@@ -297,6 +297,7 @@ def test_readme_is_filled_between_its_markers(tmp_path):
     result = {
         "machine": {"cpu": "c", "cores": 2, "cpu_capability": "AVX2", "torch_threads": 2},
         "versions": {"torch": "2"}, "clock": "wall", "scaling": [], "failures": [],
+        "device": "cpu",
         "rows": [harness.measure(fake_case()) | {"date": "2026-01-01 00:00", "load": 0.1}],
     }
     readme = tmp_path / "README.md"
@@ -308,6 +309,18 @@ def test_readme_is_filled_between_its_markers(tmp_path):
     assert text.endswith("after\n")
     assert text.count("product") == 1
     assert "old" not in text
+    assert "Measured on 2 cores of c (AVX2)" in text
+
+
+def test_pages_name_the_gpu_that_was_measured():
+    machine = {"cpu": "c", "cores": 2, "cpu_capability": "AVX2", "torch_threads": 2}
+    result = {
+        "machine": machine | {"gpus": ["NVIDIA H100", "another"]}, "versions": {"torch": "2"},
+        "clock": "wall", "scaling": [], "failures": [], "rows": [], "device": "cuda",
+    }  # fmt: skip
+    result["rows"] = [harness.measure(fake_case()) | {"date": "2026-01-01 00:00", "load": 0.1}]
+    assert "device cuda (NVIDIA H100)" in run.document(result)
+    assert "Measured on one NVIDIA H100, torch 2" in run.readme_table(result)
 
 
 def rows_named(*names: str, fail: str = ""):
