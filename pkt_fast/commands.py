@@ -431,10 +431,17 @@ def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
 # --------------------------------------------------------------------------- showing things
 
 
+class _Output(Console):
+    """Leaves it to the command line what a reader that has gone means; rich would exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output; wide enough for our tables when it is not a terminal."""
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return Console(width=width, highlight=False)
+    return _Output(width=width, highlight=False)
 
 
 def facts(title: str, rows: Mapping[str, Any]) -> Table:

@@ -535,6 +535,6 @@ def test_unexpected_exceptions_keep_their_traceback(monkeypatch):
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    program = f"{sys.executable} -m pkt_fast info | head -c 10"
+    program = f"set -o pipefail; {sys.executable} -m pkt_fast info | head -c 10"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
