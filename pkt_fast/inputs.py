@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .anatomy import Anatomy
-from .config import TransferConfig
+from .config import ALIGNED_OBJECTIVES, TransferConfig
 from .data.encoding import encode
 from .data.examples import ExampleSet
 from .data.reading import read_rows
@@ -241,6 +241,7 @@ def _load_models(
     for role, model in models.items():
         check_dtype(model, config.dtype, role)
     _check_unadapted(models["target"])
+    _check_widths(config, {role: Anatomy.of(model) for role, model in models.items()})
     return models["source"], models["target"], models.get("source_base")
 
 
@@ -252,6 +253,22 @@ def _check_unadapted(target: nn.Module) -> None:
             "the target carries a PEFT adapter, and the new one would stand on it: merge it "
             "(merge_and_unload), take it off (unload), or load the target anew"
         )
+
+
+def _check_widths(config: TransferConfig, anatomies: Mapping[str, Anatomy]) -> None:
+    """Refuse what gives layers the vocabulary's coordinates in a model whose head is of another
+    width than they, behind a projection.
+    """
+    mapped = config.objective in ALIGNED_OBJECTIVES and config.recompose != "fitted"
+    for role, anatomy in anatomies.items():
+        width = anatomy.head.weight.shape[1]
+        weighs = config.objective == "fisher" and role == "target"
+        if (mapped or weighs) and width != anatomy.hidden_size:
+            raise ModelError(
+                f"the {role}'s head reads {width} numbers a token, its layers give "
+                f"{anatomy.hidden_size}: the vocabulary has no coordinates in these layers; use "
+                "recompose='fitted' with objective='cosine', or a method that aligns nothing"
+            )
 
 
 def _check_base(base: Anatomy, source: Anatomy) -> None:

@@ -328,11 +328,11 @@ def training_terms(
     target_transform: HeadTransform,
     source: FrozenHead | None,
     vocabulary: SharedVocabulary | None,
-    source_size: int | None = None,
+    sizes: tuple[int, int] | None = None,
 ) -> list[WeightedTerm]:
     """The addends of the training loss that ``config`` names, for the steered ``layers``.
 
-    ``source_size`` is D_src, the width of what the learned objectives predict.  Raises
+    ``sizes`` are D_tgt and D_src, the widths that the learned objectives map between.  Raises
     :class:`ConfigError` when the output loss cannot serve the models' heads.
     """
     terms: list[WeightedTerm] = []
@@ -340,8 +340,8 @@ def training_terms(
         weight = config.layer_weight / len(layers)
         for layer in layers:
             if config.objective in LEARNED_OBJECTIVES:
-                assert source_size is not None
-                terms.append(_learned_term(config, layer, target_head, source_size, weight))
+                assert sizes is not None
+                terms.append(_learned_term(config, layer, target_head, sizes, weight))
                 continue
             terms.append(
                 WeightedTerm(
@@ -362,11 +362,11 @@ def training_terms(
 
 
 def _learned_term(
-    config: TransferConfig, layer: int, head: nn.Module, source_size: int, weight: float
+    config: TransferConfig, layer: int, head: nn.Module, sizes: tuple[int, int], weight: float
 ) -> WeightedTerm:
     like = head.weight
     assert isinstance(like, Tensor)
-    projection = learned_projection(like.shape[1], source_size, like, config.seed + layer)
+    projection = learned_projection(*sizes, like, config.seed + layer)
     term = hidden_term(layer, projection, config.objective)
     return WeightedTerm("layer_loss", weight, term, parameters=list(projection.parameters()))
 

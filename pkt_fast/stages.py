@@ -187,7 +187,7 @@ class _Stages:
             anatomy.head_transform(),
             self.source_head,
             self.inputs.vocabulary,
-            _width(self.supervision, layers),
+            _widths(anatomy, self.supervision, layers),
         )
         learned = [parameter for term in terms for parameter in term.parameters]
         lengths = self.inputs.examples.lengths
@@ -213,10 +213,12 @@ class _Stages:
         return history
 
 
-def _width(supervision: ActivationStore | None, layers: Sequence[int]) -> int | None:
-    """Width of the stored rows that steer ``layers``."""
+def _widths(
+    target: Anatomy, supervision: ActivationStore | None, layers: Sequence[int]
+) -> tuple[int, int] | None:
+    """Width of the target's layers, and of the stored rows that steer ``layers``."""
     column = None if supervision is None else supervision.columns.get(layer_column(layers[0]))
-    return None if column is None else column.width
+    return None if column is None else (target.hidden_size, column.width)
 
 
 def prefix_rows(inputs: TransferInputs, model: nn.Module, first: int) -> ActivationStore | None:

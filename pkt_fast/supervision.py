@@ -114,7 +114,7 @@ def _columns(
     width = target.hidden_size if mapped else source.hidden_size
     columns = {layer_column(want.key): (width, target.head.weight.dtype) for want in wanted}
     if with_head:
-        columns[HEAD] = (source.hidden_size, source.head.weight.dtype)
+        columns[HEAD] = (source.head.weight.shape[1], source.head.weight.dtype)
     return columns
 
 

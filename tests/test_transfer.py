@@ -533,6 +533,26 @@ def test_steps_are_planned_with_or_without_buckets():
     assert spread[1] > 30
 
 
+def test_a_head_of_another_width_than_the_layers():
+    def projected():
+        return sized_model("opt", 1, 48, 3, word_embed_proj_dim=24)
+
+    def plain():
+        return sized_model("llama", 2, 32, 3)
+
+    for models in ((projected(), plain()), (plain(), projected())):
+        with pytest.raises(ModelError, match="reads 24 numbers a token, its layers give 48"):
+            transfer(*models)
+    for options in (
+        {"recompose": "fitted"},
+        {"method": "kd"},
+        {"method": "hidden_kd"},
+        {"objective": "none", "output_loss": "logit_cosine"},
+    ):
+        for make_source, make_target in ((projected, plain), (plain, projected)):
+            assert transfer(make_source(), make_target(), epochs=1, layers=[1], **options).history
+
+
 @pytest.mark.slow
 def test_a_compiled_tail_gives_the_same_adapter():
     plain = transfer(*pair(), layers=[1])
