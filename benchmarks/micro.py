@@ -216,6 +216,7 @@ def label_cosine(sizes: Sizes, device: torch.device) -> Case:
     head = nn.Linear(sizes.target, sizes.vocabulary, bias=False, device=device)
     head.weight = nn.Parameter(weight, requires_grad=False)
     ours = _with_gradient(lambda x: pkt_fast.losses.label_cosine(x, head, labels), hidden)
+    pkt_fast.losses.label_cosine(hidden[:1], head, labels[:1])  # the head's statistics
 
     def logits(x: Tensor) -> Tensor:
         z = x @ weight.T

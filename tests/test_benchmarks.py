@@ -24,7 +24,7 @@ from benchmarks import (  # noqa: E402
     run,
     scaling,
 )
-from pkt_fast import cli  # noqa: E402
+from pkt_fast import cli, losses  # noqa: E402
 from pkt_fast.data.encoding import encode  # noqa: E402
 from pkt_fast.errors import ConfigError, DataError  # noqa: E402
 
@@ -40,6 +40,12 @@ def test_rows_agree_with_their_peers(name):
     for call in (*case.peers.values(), *case.limits.values()):
         if not isinstance(call, harness.Missing):
             call()
+
+
+def test_statistics_of_the_head_are_not_in_the_time_of_label_cosine(monkeypatch):
+    case = micro.build("label cosine", micro.SMALL)
+    monkeypatch.setattr(losses, "head_statistics", None)
+    assert case.ours().isfinite().all()
 
 
 def test_liger_has_the_same_label_cosine():
