@@ -201,8 +201,9 @@ def device_of(like: Tensor) -> Any:
 
 def to_device(values: Sequence[Any], dtype: torch.dtype, like: Tensor) -> Tensor:
     """A small table on the device of ``like``; the host does not wait for the copy."""
-    table = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
-    return table.to(like.device, non_blocking=True)
+    with device_of(like):  # pinned memory would start a context on the current GPU
+        table = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+        return table.to(like.device, non_blocking=True)
 
 
 _TAKES_CACHE = "cache_results" in inspect.signature(triton.autotune).parameters

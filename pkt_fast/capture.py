@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, TapValue
 from .config import INTERFACES
+from .data.batches import moved
 from .errors import ConfigError, NumericsError
 from .lending import claimed, eager
 from .ops import capture_rows
@@ -51,6 +52,7 @@ class Activations(Mapping[int, Tensor]):
 
     positions: Tensor | None = None
     _rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    _known_index: tuple[Tensor, int, Tensor] | None = None  # of which mask, its version, index
 
     def __getitem__(self, key: int) -> Tensor:
         rows = self._rows[key]
@@ -74,7 +76,11 @@ class Activations(Mapping[int, Tensor]):
         return taken
 
     def row_index(self, value: Tensor) -> Tensor:
-        """Indices of the kept positions in ``value`` (B, T, D) flattened to rows."""
+        """Indices of the kept positions in ``value`` (B, T, D) flattened to rows.
+
+        They are worked out once a mask, not once a layer: where the mask is on a GPU that means
+        waiting for it, and from a mask in host memory nothing waits.
+        """
         if self.positions is None:
             return torch.arange(value.shape[:-1].numel(), device=value.device)
         if self.positions.shape != value.shape[:-1]:
@@ -82,7 +88,13 @@ class Activations(Mapping[int, Tensor]):
                 f"positions has shape {tuple(self.positions.shape)}, the forward pass "
                 f"{tuple(value.shape[:-1])}: give one boolean per token"
             )
-        return self.positions.to(value.device).flatten().nonzero().squeeze(-1)
+        mask, known = self.positions, self._known_index
+        version = -1 if mask.is_inference() else mask._version
+        if known is None or known[0] is not mask or known[1] != version or version < 0:
+            known = mask, version, mask.flatten().nonzero().squeeze(-1)
+        index = moved(known[2], value.device, non_blocking=True)
+        self._known_index = mask, version, index
+        return index
 
     def keep(self, key: int, rows: Tensor) -> None:
         """Append rows under ``key``."""

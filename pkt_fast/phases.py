@@ -253,13 +253,14 @@ def run_source(
             processing_batches(aligned.examples, order, batch_size, pad_token_id)
         ):
             mask, pick = position_mask(batch, aligned.positions)
-            acts.positions = mask.to(device)
-            inputs = {**batch.to(device).model_inputs(), "use_cache": False}
+            acts.positions = mask
+            inputs = {**batch.to(device, non_blocking=True).model_inputs(), "use_cache": False}
             rows: dict[str, Tensor] = {}
             if with_head:
                 with anatomy.bypass_head() as head_input:
                     anatomy.model(**inputs)
-                rows[HEAD] = head_input.hidden[acts.positions]
+                hidden = head_input.hidden
+                rows[HEAD] = hidden.flatten(0, -2)[acts.row_index(hidden)]
             else:
                 anatomy.run_until(deepest, **inputs)
             rows |= {layer_column(key): value for key, value in acts.take().items()}

@@ -8,7 +8,7 @@ from models import tiny_model, token_batch
 
 from pkt_fast import attribute, capture, reference
 from pkt_fast.anatomy import Anatomy
-from pkt_fast.capture import Wanted, record
+from pkt_fast.capture import Activations, Wanted, record
 from pkt_fast.config import INTERFACES
 from pkt_fast.errors import ConfigError, ModelError
 from pkt_fast.pairing import LayerPair
@@ -72,6 +72,24 @@ def test_normalised_and_cast(dtype):
     torch.testing.assert_close(
         acts[1].float(), reference.unit_rows(expected), rtol=tolerance, atol=tolerance
     )
+
+
+def test_positions_are_worked_out_once_a_mask():
+    """On a GPU that waits for it; a mask that was edited is another one."""
+    acts = Activations(torch.tensor([[True, False, True]]))
+    value = torch.zeros(1, 3, 4)
+    index = acts.row_index(value)
+    assert index.tolist() == [0, 2]
+    assert acts.row_index(value) is index
+    acts.positions[0, 1] = True
+    assert acts.row_index(value).tolist() == [0, 1, 2]
+    acts.positions = torch.tensor([[False, True, False]])
+    assert acts.row_index(value).tolist() == [1]
+    with torch.inference_mode():  # has no count of its edits
+        acts.positions = torch.tensor([[True, True, False]])
+        assert acts.row_index(value).tolist() == [0, 1]
+        acts.positions[0, 1] = False
+        assert acts.row_index(value).tolist() == [0]
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
