@@ -162,7 +162,8 @@ def fisher_term(layer: int, head: FrozenHead) -> Term:
     """
 
     def term(rows: Rows) -> Tensor:
-        hidden = rows.layers[layer]
+        # Some models keep their residual stream in float32 before a bfloat16 head.
+        hidden = rows.layers[layer].to(head.weight.dtype)
         target = rows.supervision[layer_column(layer)].to(hidden.dtype)
 
         def surrogate(part: Tensor, at: slice) -> Tensor:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ._files import atomic_directory, check_output_dir, local, write_json
@@ -33,7 +34,7 @@ from .anatomy import Anatomy
 from .config import TransferConfig
 from .critical import SeenRows, attributed_pairs
 from .delta import LayerDelta
-from .errors import OutputError
+from .errors import NumericsError, OutputError
 from .inputs import TransferInputs
 from .lending import differentiable, lent
 from .loading import resolve_device
@@ -164,6 +165,16 @@ def computing_as(config: TransferConfig) -> Iterator[None]:
         yield
 
 
+def _check_finite(delta: LayerDelta) -> None:
+    """Refuse what the last update spoilt: losses are checked before an update, not after."""
+    for path, change in delta.changes.items():
+        if not (torch.isfinite(change.down).all() and torch.isfinite(change.up).all()):
+            raise NumericsError(
+                f"training left NaN or inf in the adapter of {path}: lower learning_rate, set "
+                "max_grad_norm, or use dtype='float32'"
+            )
+
+
 def _transfer(inputs: TransferInputs, calls: Calls) -> TransferResult:
     """The steps of the method, one after the other."""
     inputs.source.to(inputs.device)
@@ -178,6 +189,7 @@ def _transfer(inputs: TransferInputs, calls: Calls) -> TransferResult:
     inputs.target.to(inputs.device)
     model, history = steer(inputs, maker, supervision, source_head)
     delta = LayerDelta.from_peft(model)
+    _check_finite(delta)
     return TransferResult(
         model=model,
         tokenizer=inputs.tokenizers[1],

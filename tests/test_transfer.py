@@ -365,6 +365,29 @@ def test_activations_that_overflow_on_the_data_name_the_layer(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_that_the_last_update_spoilt_is_refused():
+    source, target = pair()
+    target.model.layers[2].register_full_backward_hook(
+        lambda module, inner, outer: tuple(None if g is None else g * torch.nan for g in inner)
+    )
+    with pytest.raises(NumericsError, match=r"left NaN or inf in the adapter of model\.layers\.1"):
+        transfer(source, target, layers=[1], interface="block", steps=1)
+
+
+def test_fisher_on_a_float32_stream_before_a_bfloat16_head():
+    source, target = sized_model("llama", 1, 48, 3), sized_model("mamba", 2, 32, 3)
+    result = transfer(
+        source.bfloat16(),
+        target.bfloat16(),
+        objective="fisher",
+        interface="block",
+        recompose="fitted",
+        layers=[1],
+        steps=1,
+    )
+    assert result.history
+
+
 def test_a_diverging_run_names_the_step():
     with pytest.raises(NumericsError, match="at step"):
         transfer(
