@@ -421,7 +421,7 @@ def _served(op: str, devices: Mapping[str, str]) -> dict[str, str]:
         "none": f"no {wish} implementation: a call is refused",
     }
     cpu, cuda = why[devices["cpu"]], why[devices["cuda"]]
-    if wish == "auto" and devices["cpu"] == "reference" and native is None:
+    if wish in ("auto", "native") and devices["cpu"] in ("reference", "none") and native is None:
         cpu = "extension out of date" if stale_extension() else "extension not built"
     if wish == "auto" and devices["cuda"] == "reference" and not triton_available():
         cuda = "Triton is not installed"
