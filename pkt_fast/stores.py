@@ -39,6 +39,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 SHARD_BYTES = 64 * 2**20
 _SAMPLES = 64
+_ADAPTER_STATE = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 Item = TypeVar("Item")
 
@@ -462,6 +463,10 @@ def model_fingerprint(model: nn.Module) -> str:
         sample = flat[torch.tensor(picks, dtype=torch.int64, device=flat.device)]
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         digest.update(sample.to(torch.float64).cpu().numpy().tobytes())
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # PEFT's: which adapters act, and how strongly
+            acting = [getattr(module, what, None) for what in _ADAPTER_STATE]
+            digest.update(f"{name}{acting}".encode())
     return digest.hexdigest()[:32]
 
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from toy_pairs import TOKENIZER, sized_model, sums
 
@@ -233,6 +234,23 @@ def test_fingerprint_sees_buffers_and_the_last_element_of_large_weights():
     before = model_fingerprint(model)
     model.weight[-1, -1] = 1
     assert model_fingerprint(model) != before
+
+
+def test_fingerprint_sees_which_adapter_acts():
+    config = LoraConfig(r=2, target_modules=["0"])
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(9, 70)), config)
+    model.add_adapter("other", config)
+    prints = [model_fingerprint(model)]
+    model.set_adapter("other")
+    prints.append(model_fingerprint(model))
+    with model.disable_adapter():
+        prints.append(model_fingerprint(model))
+    model.base_model.model[0].set_scale("other", 3.0)
+    prints.append(model_fingerprint(model))
+    assert len(set(prints)) == 4
+    model.set_adapter("default")
+    model.base_model.model[0].set_scale("other", 1.0)
+    assert model_fingerprint(model) == prints[0]
 
 
 def test_prefetch_keeps_order_and_passes_errors_on():
