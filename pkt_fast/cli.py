@@ -73,7 +73,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed arguments; those of ``bench`` belong to the benchmarks, options included."""
     parser = build_parser()
     if argv[:1] != ["bench"]:
-        return parser.parse_args(argv)
+        args, unknown = parser.parse_known_args(argv)
+        if unknown:  # argparse would point to the help of the program, not of the command
+            raise ConfigError(
+                f"unrecognized arguments: {' '.join(unknown)} (see {PROGRAM} {args.command} --help)"
+            )
+        return args
     args = parser.parse_args(argv[:1])
     args.arguments = list(argv[1:])
     return args

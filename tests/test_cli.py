@@ -133,7 +133,7 @@ def test_layers_all_and_nonsense():
         ([], "COMMAND"),
         (["transfer"], "--source, --target"),
         (["transplant"], "transplant"),
-        (["transfer", "--source", "a", "--target", "b", "--epoch", "3"], "--epoch"),
+        (["transfer", "--source", "a", "--target", "b", "--epoch", "3"], "transfer --help"),
         (["transfer", "--source", "a", "--target", "b", "--epochs", "many"], "many"),
         (["transfer", "--source", "a", "--target", "b", "--layers", "top"], "top"),
     ],
