@@ -153,6 +153,9 @@ def _examples(count: int, allocator: str = "") -> dict[str, Any]:
     }
 
 
+_ACROSS = 5  # curves beside each other in the picture
+
+
 def plot(measured: list[dict[str, Any]], path: Path) -> None:
     """One picture of all curves; nothing without points or matplotlib."""
     try:
@@ -165,31 +168,42 @@ def plot(measured: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     keys = list(dict.fromkeys((p["curve"], p["name"]) for p in measured))
-    figure, axes = pyplot.subplots(2, len(keys), figsize=(3.2 * len(keys), 6), squeeze=False)
-    for column, (curve, name) in enumerate(keys):
+    across = min(len(keys), _ACROSS)
+    down = 2 * -(-len(keys) // _ACROSS)
+    figure, axes = pyplot.subplots(down, across, figsize=(3.2 * across, 2.6 * down), squeeze=False)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for number, (curve, name) in enumerate(keys):
         chosen = [p for p in measured if (p["curve"], p["name"]) == (curve, name)]
-        for row, (unit, scale) in enumerate((("s", 1), ("bytes", 2**20))):
-            axis = axes[row][column]
-            for side, label in (("ours", "pkt_fast"), ("peer", chosen[0]["peer"])):
-                values = [(p["x"], p[f"{side}_{unit}"]) for p in chosen]
-                values = [(x, y / scale) for x, y in values if y]
-                if values:
-                    axis.plot(*zip(*values, strict=True), marker="o", label=label)
-            if curve == "examples":  # memory is meant to be flat: a logarithm would hide that
-                axis.set(xlabel=curve)
-                axis.set_ylim(bottom=0)
-            elif curve in ("threads", "epochs"):
-                axis.set(yscale="log", xlabel=curve, xticks=[p["x"] for p in chosen])
-            else:
-                axis.set(xscale="log", yscale="log", xlabel=curve)
-            axis.set_title(f"{name}: {'seconds' if unit == 's' else 'peak MiB'}", fontsize=8)
-            axis.tick_params(labelsize=6, which="both")
-            axis.set_visible(bool(axis.lines))
-            if axis.lines:
-                axis.legend(fontsize=6)
+        top, column = 2 * (number // _ACROSS), number % _ACROSS
+        _draw(axes[top][column], chosen, "s", f"{name}: seconds")
+        _draw(axes[top + 1][column], chosen, "bytes", f"{name}: peak MiB")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _draw(axis: Any, points: list[dict[str, Any]], unit: str, title: str) -> None:
+    """One curve of ours and of its peer; an axis without values stays invisible."""
+    scale = 2**20 if unit == "bytes" else 1
+    for side, label in (("ours", "pkt_fast"), ("peer", points[0]["peer"])):
+        values = [(p["x"], p[f"{side}_{unit}"] / scale) for p in points if p[f"{side}_{unit}"]]
+        if values:
+            axis.plot(*zip(*values, strict=True), marker="o", label=label)
+            axis.set_visible(True)
+    curve, at = points[0]["curve"], [p["x"] for p in points]
+    if curve == "examples":  # memory is meant to be flat: a logarithm would hide that
+        axis.set_ylim(bottom=0)
+    else:
+        axis.set_yscale("log")
+        axis.set_xscale("linear" if curve in ("threads", "epochs") else "log")
+    axis.set_xticks(at, [f"{x:,}" for x in at], rotation=20)
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel(curve)
+    axis.set_title(title, fontsize=8)
+    axis.tick_params(labelsize=6, which="both")
+    if axis.lines:
+        axis.legend(fontsize=6)
 
 
 def scaling_markdown(measured: list[dict[str, Any]]) -> str:
