@@ -65,8 +65,19 @@ def answered(run: Callable[[], int]) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:
+        if error.filename is not None:  # some other file: whoever opened it has to say more
+            raise
+        _drop_output()
+        print(f"{PROGRAM}: error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return REFUSED
     return 0
+
+
+def _drop_output() -> None:
+    """Let what is still to be written to stdout go nowhere; the interpreter flushes it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

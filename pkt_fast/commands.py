@@ -75,18 +75,21 @@ def _hush(verbose: bool) -> None:
 # --------------------------------------------------------------------------- transfer
 
 
-def _transfer(args: argparse.Namespace) -> None:
-    result = transfer(
-        args.source,
-        args.target,
-        args.data,
-        source_base=args.source_base,
-        config=args.config,
-        preset=args.preset,
-        output_dir=args.output,
-        progress=not args.quiet,
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``transfer`` and ``diagnose`` are given alike."""
+    names = ("source_base", "config", "preset")
+    return {
+        "src": args.source,
+        "tgt": args.target,
+        "data": args.data,
+        **{name: getattr(args, name) for name in names},
+        "progress": not args.quiet,
         **settings_of(args),
-    )
+    }
+
+
+def _transfer(args: argparse.Namespace) -> None:
+    result = transfer(**_given(args), output_dir=args.output)
     if not args.quiet:
         show_transfer(console(), result, args.output)
 
@@ -114,16 +117,7 @@ def show_transfer(out: Console, result: TransferResult, output: str | None) -> N
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    found = diagnose(
-        args.source,
-        args.target,
-        args.data,
-        source_base=args.source_base,
-        config=args.config,
-        preset=args.preset,
-        progress=not args.quiet,
-        **settings_of(args),
-    )
+    found = diagnose(**_given(args))
     if args.json:
         print(json.dumps([alignment.as_dict() for alignment in found], indent=2))
         return

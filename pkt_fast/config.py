@@ -345,7 +345,7 @@ _RANGES: dict[str, _Range] = {
     "epochs": _at_least(int, 1),
     "batch_size": _at_least(int, 1),
     "micro_batch_size": _at_least(int, 1),
-    "learning_rate": _POSITIVE,
+    "learning_rate": (float, lambda value: 0 < value <= 1e30, "a number above 0, at most 1e30"),
     "weight_decay": _at_least(float, 0),
     "warmup_fraction": _FRACTION,
     "max_grad_norm": _at_least(float, 0),

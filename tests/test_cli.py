@@ -538,3 +538,10 @@ def test_a_reader_that_leaves_early_is_no_error():
     program = f"set -o pipefail; {sys.executable} -m pkt_fast info | head -c 10"
     done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    program = f"{sys.executable} -m pkt_fast info > /dev/full"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "pkt-fast: error: cannot write the output: No space left on device\n"

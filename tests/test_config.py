@@ -43,6 +43,7 @@ def test_every_field_has_a_description():
         ({"objective": "none", "output_loss": "none"}, "nothing to train on"),
         ({"layer_weight": 0, "output_weight": 0}, "nothing to train on"),
         ({"method": "sft", "label_weight": 0, "output_weight": 0}, "nothing to train on"),
+        ({"learning_rate": 1e39}, "learning_rate=1e+39: give a number above 0, at most 1e30"),
         ({"threshold": 1.0}, "threshold=1.0: give a number from 0 up to, not including, 1"),
         ({"layers": np.array([1.5])}, "layers=array([1.5])"),
         ({"preset": "worst"}, "preset='worst'"),
