@@ -77,12 +77,13 @@ def _hush(verbose: bool) -> None:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """What ``transfer`` and ``diagnose`` are given alike."""
-    names = ("source_base", "config", "preset")
     return {
         "src": args.source,
         "tgt": args.target,
         "data": args.data,
-        **{name: getattr(args, name) for name in names},
+        "source_base": args.source_base,
+        "config": args.config,
+        "preset": args.preset,
         "progress": not args.quiet,
         **settings_of(args),
     }

@@ -56,7 +56,7 @@ def _remembered_scores(inputs: TransferInputs, seen: SeenRows | None) -> Tensor:
     config = inputs.config
     scores = inputs.store_place.remembered(
         "attribution",
-        {
+        lambda: {
             "source": model_fingerprint(inputs.source),
             "data": inputs.examples.fingerprint(),
             "interface": config.interface,

@@ -127,16 +127,17 @@ class StorePlace:
     def remembered(
         self,
         kind: str,
-        fingerprint: Mapping[str, Any],
+        fingerprint: Callable[[], Mapping[str, Any]],
         compute: Callable[[], list[float]],
     ) -> list[float]:
         """What ``compute`` returns, or what it returned under the same fingerprint before.
 
-        Only a directory that the user named remembers.
+        Only a directory that the user named remembers; nothing else asks for the fingerprint.
         """
         if self.directory is None:
             return compute()
-        return remembered_values(self.directory / _named(kind, fingerprint), fingerprint, compute)
+        known = fingerprint()
+        return remembered_values(self.directory / _named(kind, known), known, compute)
 
 
 def _named(kind: str, fingerprint: Mapping[str, Any]) -> str:

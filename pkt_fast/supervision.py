@@ -73,7 +73,7 @@ def source_rows(
                 store.append(_mapped(rows, by_column, untuned, store))
 
     columns = _columns(inputs, wanted, mapped=bool(maps), with_head=with_head)
-    return inputs.store_place.filled(
+    store = inputs.store_place.filled(
         "source",
         inputs.aligned.positions.counts,
         order,
@@ -81,6 +81,8 @@ def source_rows(
         _fingerprint(inputs, pairs if wanted else [], maps, columns),
         fill,
     )
+    seen.batches.clear()  # a store that was there already took none of them
+    return store
 
 
 def _unseen(order: Sequence[int], seen: Sequence[int]) -> list[int]:
